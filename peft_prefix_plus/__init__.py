@@ -1,0 +1,23 @@
+"""Prefix-tuning for PEFT: trainable keys and values inside the attention of any layer.
+
+Importing the package registers the method; from then on `get_peft_model` and `PeftModel.from_pretrained` know it.
+"""
+
+from .capture import capture_prefix_states
+from .config import PrefixPlusConfig
+from .layer import PrefixPlusLayer
+from .model import PrefixPlusModel
+from .registration import register
+from .states import PrefixStates
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "PrefixPlusConfig",
+    "PrefixPlusLayer",
+    "PrefixPlusModel",
+    "PrefixStates",
+    "capture_prefix_states",
+]
+
+register()

@@ -1,0 +1,297 @@
+"""The configuration of a PrefixPlus adapter."""
+
+import dataclasses
+import json
+import os
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import PeftConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+
+from .encoders import PROJECTIONS
+from .peft_type import PREFIX_PLUS
+
+DROPOUT_MODES = ("token", "element")
+PREFIX_INITS = ("vocab", "text", "tokens", "random", "zero")
+DEFAULT_NUM_VIRTUAL_TOKENS = 20
+
+
+@dataclass
+class PrefixPlusConfig(PeftConfig):
+    """
+    Configuration of a [`PrefixPlusModel`]: trainable keys and values in front of every attention layer's own.
+
+    Args:
+        num_virtual_tokens (`int`, *optional*):
+            Prefix length `P` per layer. `None` (default): the number of init tokens, or 20 when there are none.
+        num_virtual_tokens_pattern (`dict[str, int]`):
+            Prefix length of single layers: a module name or regular expression, matched like LoRA's `rank_pattern`,
+            mapped to a length. 0 leaves a layer without a prefix.
+        target_modules (`list[str]` or `str`, *optional*):
+            Attention modules that get a prefix: names or name endings, or a regular expression for the whole name.
+            `None` (default): every self-attention module.
+        exclude_modules (`list[str]` or `str`, *optional*):
+            Attention modules that get none; same forms.
+        layers_to_transform (`list[int]` or `int`, *optional*):
+            Indices of the layers that get a prefix. `None` (default): all.
+        layers_pattern (`list[str]` or `str`, *optional*):
+            Name of the list of layers in the model, if `layers_to_transform` needs it.
+        modules_to_save (`list[str]`, *optional*):
+            Modules that are trained and saved as a whole, for instance a classification head.
+        projection (`str`):
+            How the trained difference from the initial keys and values is produced, per layer. `"mlp"` (default): a
+            two-layer network on an embedding per virtual token. `"linear"`: one linear map of the embedding. `"none"`:
+            a free tensor.
+        projection_dim (`int`):
+            Width of the projection, default 64. Unused by `"none"`.
+        prefix_dropout (`float`):
+            Dropout probability while training, in `[0, 1)`, default 0.
+        prefix_dropout_mode (`str`):
+            `"token"` (default) hides whole virtual tokens, drawn per sample, never all of them. `"element"` is
+            `nn.Dropout` on keys and values.
+        prefix_init (`str`):
+            What the prefix is before training: the keys and values of `"vocab"` (default) tokens sampled from the
+            vocabulary, of a `"text"`, of given `"tokens"`; or `"random"` or `"zero"`.
+        prefix_init_text (`str`, *optional*):
+            The text for `"text"`, which it implies. Step 0 then equals prompting with the text. Repeated up to
+            `num_virtual_tokens` if shorter, truncated with a warning if longer.
+        prefix_init_token_ids (`list[int]`, *optional*):
+            The tokens for `"tokens"`, which they imply; repeated and truncated likewise.
+        prefix_init_seed (`int`):
+            Seed of what `"vocab"` and `"random"` draw, default 0.
+        tokenizer_name_or_path (`str`, *optional*):
+            Tokenizer for `prefix_init_text`. `None` (default): that of the base model.
+        tokenizer_kwargs (`dict`, *optional*):
+            Passed to `AutoTokenizer.from_pretrained`; `add_special_tokens` (default `False`) goes to the tokenizer's call.
+        num_frozen_tokens (`int`):
+            Leading virtual tokens that keep their initial value, default 0. One or more keep an attention sink intact.
+        prefix_is_initialized (`bool`):
+            Set in the `adapter_config.json` of a saved adapter: the weights are in the file beside it, so the
+            initialization must not run. Leave it alone when you write a configuration.
+    """
+
+    num_virtual_tokens: int | None = field(
+        default=None, metadata={"help": "Prefix length per layer; None: that of the init tokens, or 20."}
+    )
+    num_virtual_tokens_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "Module name or regex -> prefix length of that layer; 0: none."}
+    )
+    target_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Attention modules that get a prefix; None: every self-attention module."}
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Attention modules that get no prefix."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the layers that get a prefix; None: all."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the list of layers, used with layers_to_transform."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules that are trained and saved as a whole, e.g. a classification head."}
+    )
+    projection: str = field(
+        default="mlp",
+        metadata={"help": "How the trained difference is produced, per layer.", "choices": list(PROJECTIONS)},
+    )
+    projection_dim: int = field(default=64, metadata={"help": "Width of the per-layer projection."})
+    prefix_dropout: float = field(default=0.0, metadata={"help": "Dropout probability, training only."})
+    prefix_dropout_mode: str = field(
+        default="token",
+        metadata={"help": "Drop whole virtual tokens, or single elements.", "choices": list(DROPOUT_MODES)},
+    )
+    prefix_init: str = field(
+        default="vocab", metadata={"help": "What the prefix is before training.", "choices": list(PREFIX_INITS)}
+    )
+    prefix_init_text: str | None = field(default=None, metadata={"help": "Text whose keys and values start the prefix."})
+    prefix_init_token_ids: list[int] | None = field(
+        default=None, metadata={"help": "Tokens whose keys and values start the prefix."}
+    )
+    prefix_init_seed: int = field(default=0, metadata={"help": "Seed of the vocab and random initialization."})
+    tokenizer_name_or_path: str | None = field(
+        default=None, metadata={"help": "Tokenizer for prefix_init_text; None: that of the base model."}
+    )
+    tokenizer_kwargs: dict[str, Any] | None = field(
+        default=None, metadata={"help": "Keyword arguments for the tokenizer."}
+    )
+    num_frozen_tokens: int = field(
+        default=0, metadata={"help": "Leading virtual tokens that keep their initial value."}
+    )
+    prefix_is_initialized: bool = field(
+        default=False, metadata={"help": "Set in saved adapters: the weights exist, so the initialization must not run."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PREFIX_PLUS
+        if isinstance(self.target_modules, set):
+            self.target_modules = sorted(self.target_modules)
+        if isinstance(self.exclude_modules, set):
+            self.exclude_modules = sorted(self.exclude_modules)
+        if self.num_virtual_tokens_pattern is None:
+            self.num_virtual_tokens_pattern = {}
+        self._check_choices()
+        self._check_numbers()
+        self._check_targets()
+        self._resolve_prefix_init()
+
+    def _check_choices(self) -> None:
+        for name, choices in (
+            ("projection", PROJECTIONS),
+            ("prefix_dropout_mode", DROPOUT_MODES),
+            ("prefix_init", PREFIX_INITS),
+        ):
+            value = getattr(self, name)
+            if value not in choices:
+                raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+
+    def _check_numbers(self) -> None:
+        if self.num_virtual_tokens is not None:
+            _check_integer("num_virtual_tokens", self.num_virtual_tokens, minimum=1)
+        _check_integer("projection_dim", self.projection_dim, minimum=1)
+        _check_integer("num_frozen_tokens", self.num_frozen_tokens, minimum=0)
+        _check_integer("prefix_init_seed", self.prefix_init_seed, minimum=0)
+        probability = self.prefix_dropout
+        if isinstance(probability, bool) or not isinstance(probability, int | float) or not 0.0 <= probability < 1.0:
+            raise ValueError(f"`prefix_dropout` must be a probability of at least 0 and below 1, got {probability!r}.")
+        if not isinstance(self.num_virtual_tokens_pattern, dict):
+            raise ValueError(
+                "`num_virtual_tokens_pattern` must be a dict of module name or regular expression to prefix length, "
+                f"got {self.num_virtual_tokens_pattern!r}."
+            )
+        for pattern, length in self.num_virtual_tokens_pattern.items():
+            _check_regular_expression("num_virtual_tokens_pattern", pattern)
+            _check_integer(f"num_virtual_tokens_pattern[{pattern!r}]", length, minimum=0)
+        if self.num_virtual_tokens is not None:
+            self.check_frozen_tokens(self.num_virtual_tokens)
+
+    def check_frozen_tokens(self, num_virtual_tokens: int) -> None:
+        """Raise a `ValueError` if `num_frozen_tokens` leaves nothing to train in a prefix of this length."""
+        if self.num_frozen_tokens >= num_virtual_tokens:
+            raise ValueError(
+                f"`num_frozen_tokens` is {self.num_frozen_tokens}, but the prefix has {num_virtual_tokens} virtual tokens: "
+                f"nothing is left to train. Use at most {num_virtual_tokens - 1}, or a longer prefix."
+            )
+
+    def _check_targets(self) -> None:
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                _check_regular_expression(name, value)
+            elif value is not None and not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
+                raise ValueError(f"`{name}` must be a list of module names or a regular expression, got {value!r}.")
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError(
+                "`layers_to_transform` cannot be used with a regular expression in `target_modules`; write the layers "
+                "into the expression, or give `target_modules` as a list."
+            )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("`layers_pattern` is only used with `layers_to_transform`; set that, or remove it.")
+        indices = self.layers_to_transform
+        if indices is not None:
+            listed = indices if isinstance(indices, list) else [indices]
+            if not listed:
+                raise ValueError("`layers_to_transform` is empty: no layer would get a prefix. Use `None` for all layers.")
+            for index in listed:
+                _check_integer("layers_to_transform", index, minimum=0)
+
+    def _resolve_prefix_init(self) -> None:
+        if self.prefix_init_text is not None and self.prefix_init_token_ids is not None:
+            raise ValueError("Give either `prefix_init_text` or `prefix_init_token_ids`, not both.")
+        for implied, name in (("text", "prefix_init_text"), ("tokens", "prefix_init_token_ids")):
+            given = getattr(self, name) is not None
+            if given and self.prefix_init == "vocab":
+                self.prefix_init = implied
+            if given and self.prefix_init != implied:
+                raise ValueError(
+                    f"`{name}` is for `prefix_init={implied!r}`, but `prefix_init` is {self.prefix_init!r}; remove one."
+                )
+            if not given and self.prefix_init == implied:
+                raise ValueError(f"`prefix_init={implied!r}` needs `{name}`.")
+        if self.prefix_init_text is not None and not isinstance(self.prefix_init_text, str):
+            raise ValueError(f"`prefix_init_text` must be a string, got {self.prefix_init_text!r}.")
+        if self.prefix_init_token_ids is not None:
+            ids = self.prefix_init_token_ids
+            if not isinstance(ids, list) or not ids:
+                raise ValueError(f"`prefix_init_token_ids` must be a list of at least one token id, got {ids!r}.")
+            for token_id in ids:
+                _check_integer("prefix_init_token_ids", token_id, minimum=0)
+
+    @property
+    def initializes_from_tokens(self) -> bool:
+        """Whether the prefix starts as the keys and values of real tokens, which stand at real positions."""
+        return self.prefix_init in ("vocab", "text", "tokens")
+
+    def resolve_num_virtual_tokens(self, module_name: str) -> int:
+        """Return the prefix length of one module, 0 for none.
+
+        Args:
+            module_name (`str`): the module's name in the base model.
+        """
+        for pattern, length in self.num_virtual_tokens_pattern.items():
+            if re.match(rf"(.*\.)?({pattern})$", module_name):
+                return length
+        return DEFAULT_NUM_VIRTUAL_TOKENS if self.num_virtual_tokens is None else self.num_virtual_tokens
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write `adapter_config.json`; see `PeftConfig.save_pretrained`."""
+        saved = dataclasses.replace(self, prefix_is_initialized=True)
+        super(PrefixPlusConfig, saved).save_pretrained(save_directory, **kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> "PrefixPlusConfig":
+        """Read `adapter_config.json`, after a look at a weights file beside it; see `PeftConfig.from_pretrained`.
+
+        Raises:
+            ValueError: if either file is damaged, or a field has a value that is not allowed.
+        """
+        folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
+        check_weights_file(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME))
+        config: PrefixPlusConfig = super().from_pretrained(
+            pretrained_model_name_or_path, subfolder=subfolder, **kwargs
+        )
+        return config
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        """Read a configuration file; see `PeftConfig.from_json_file`."""
+        try:
+            attributes = super().from_json_file(path_json_file, **kwargs)
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(
+                f"{path_json_file} is not valid JSON ({error}). Download or copy the adapter once more."
+            ) from error
+        if not isinstance(attributes, dict):
+            raise ValueError(f"{path_json_file} must hold a JSON object, found {type(attributes).__name__}.")
+        return attributes
+
+
+def check_weights_file(path: str) -> None:
+    """Raise a `ValueError` if there is a weights file at `path` and it is damaged; only its header is read."""
+    if not os.path.isfile(path):
+        return
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path} is not a complete safetensors file ({error}). Download or copy the adapter once more."
+        ) from error
+
+
+def _check_integer(name: str, value: object, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ValueError(f"`{name}` must be an integer of at least {minimum}, got {value!r}.")
+
+
+def _check_regular_expression(name: str, pattern: object) -> None:
+    try:
+        re.compile(pattern)  # type: ignore[call-overload]
+    except (re.error, TypeError) as error:
+        raise ValueError(f"`{name}` has {pattern!r}, which is not a regular expression: {error}.") from error

@@ -1,0 +1,36 @@
+"""How a prefix is parameterised: one strategy a file, all of them a [`PrefixEncoder`]."""
+
+from ..geometry import AttentionGeometry
+from .base import PrefixEncoder
+from .direct import DirectPrefix
+from .projected import LinearPrefix, MLPPrefix
+
+PROJECTIONS = ("none", "linear", "mlp")
+
+
+def build_encoder(
+    projection: str,
+    geometry: AttentionGeometry,
+    num_virtual_tokens: int,
+    num_frozen_tokens: int = 0,
+    projection_dim: int = 64,
+) -> PrefixEncoder:
+    """Build the encoder that `projection` names.
+
+    Args:
+        projection (`str`): one of `PROJECTIONS`.
+        geometry ([`AttentionGeometry`]): of the attention module.
+        num_virtual_tokens (`int`): prefix length of this module.
+        num_frozen_tokens (`int`): leading tokens that stay at their initial value.
+        projection_dim (`int`): width of the projection; unused by `"none"`.
+
+    Returns:
+        [`PrefixEncoder`]: not yet initialised, in float32, on the module's device.
+    """
+    if projection == "none":
+        return DirectPrefix(geometry, num_virtual_tokens, num_frozen_tokens)
+    encoder_class = {"linear": LinearPrefix, "mlp": MLPPrefix}[projection]
+    return encoder_class(geometry, num_virtual_tokens, num_frozen_tokens, projection_dim)
+
+
+__all__ = ["PROJECTIONS", "DirectPrefix", "LinearPrefix", "MLPPrefix", "PrefixEncoder", "build_encoder"]

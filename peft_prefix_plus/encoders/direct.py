@@ -1,0 +1,24 @@
+"""`projection="none"`: every element of the keys and values is trained."""
+
+import torch
+from torch import Tensor, nn
+
+from ..geometry import AttentionGeometry
+from .base import PrefixEncoder
+
+
+class DirectPrefix(PrefixEncoder):
+    """The delta is a free tensor, `2 * kv_heads * P * head_dim` parameters.
+
+    Args:
+        geometry, num_virtual_tokens, num_frozen_tokens: see [`PrefixEncoder`].
+    """
+
+    def __init__(self, geometry: AttentionGeometry, num_virtual_tokens: int, num_frozen_tokens: int = 0) -> None:
+        super().__init__(geometry, num_virtual_tokens, num_frozen_tokens)
+        shape = (geometry.num_key_value_heads, self.num_trained_tokens)
+        self.delta_keys = nn.Parameter(torch.zeros(*shape, geometry.key_dim, device=geometry.device))
+        self.delta_values = nn.Parameter(torch.zeros(*shape, geometry.value_dim, device=geometry.device))
+
+    def compute_delta(self) -> tuple[Tensor, Tensor]:
+        return self.delta_keys, self.delta_values

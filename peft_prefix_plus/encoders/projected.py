@@ -1,0 +1,73 @@
+"""`projection="linear"` and `"mlp"`: each layer projects a small embedding per virtual token to its keys and values."""
+
+import torch
+from torch import Tensor, nn
+
+from ..geometry import AttentionGeometry
+from .base import PrefixEncoder
+
+
+class LinearPrefix(PrefixEncoder):
+    """The delta is `W e_p + b` for a trained embedding `e_p` of every virtual token.
+
+    `W` and `b` start at zero, so the delta does; the embedding starts at random, so gradients reach `W` at once.
+
+    Args:
+        geometry, num_virtual_tokens, num_frozen_tokens: see [`PrefixEncoder`].
+        projection_dim (`int`): width of the embedding.
+    """
+
+    def __init__(
+        self,
+        geometry: AttentionGeometry,
+        num_virtual_tokens: int,
+        num_frozen_tokens: int = 0,
+        projection_dim: int = 64,
+    ) -> None:
+        super().__init__(geometry, num_virtual_tokens, num_frozen_tokens)
+        device = geometry.device
+        out_features = geometry.num_key_value_heads * (geometry.key_dim + geometry.value_dim)
+        self.embedding = nn.Parameter(torch.randn(self.num_trained_tokens, projection_dim, device=device))
+        self.output_weight = nn.Parameter(torch.zeros(out_features, projection_dim, device=device))
+        self.output_bias = nn.Parameter(torch.zeros(out_features, device=device))
+
+    def compute_delta(self) -> tuple[Tensor, Tensor]:
+        projected = nn.functional.linear(self.compute_features(), self.output_weight, self.output_bias)
+        heads, key_dim, value_dim = (
+            self.geometry.num_key_value_heads,
+            self.geometry.key_dim,
+            self.geometry.value_dim,
+        )
+        # [tokens, heads * (key_dim + value_dim)] -> [heads, tokens, key_dim + value_dim]
+        per_head = projected.view(-1, heads, key_dim + value_dim).transpose(0, 1)
+        keys, values = per_head.split([key_dim, value_dim], dim=-1)
+        return keys, values
+
+    def compute_features(self) -> Tensor:
+        """What the last linear map reads, `[num_trained_tokens, projection_dim]`."""
+        return self.embedding
+
+
+class MLPPrefix(LinearPrefix):
+    """The delta is `W tanh(U e_p + c) + b`: the reparameterisation of Li & Liang (2021), one per layer.
+
+    Args:
+        geometry, num_virtual_tokens, num_frozen_tokens, projection_dim: see [`LinearPrefix`].
+    """
+
+    def __init__(
+        self,
+        geometry: AttentionGeometry,
+        num_virtual_tokens: int,
+        num_frozen_tokens: int = 0,
+        projection_dim: int = 64,
+    ) -> None:
+        super().__init__(geometry, num_virtual_tokens, num_frozen_tokens, projection_dim)
+        device = geometry.device
+        bound = projection_dim**-0.5
+        self.hidden_weight = nn.Parameter(torch.empty(projection_dim, projection_dim, device=device))
+        self.hidden_bias = nn.Parameter(torch.zeros(projection_dim, device=device))
+        nn.init.uniform_(self.hidden_weight, -bound, bound)
+
+    def compute_features(self) -> Tensor:
+        return torch.tanh(nn.functional.linear(self.embedding, self.hidden_weight, self.hidden_bias))

@@ -1,0 +1,180 @@
+"""The layers that PrefixPlus puts in place of a model's own modules."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from .attention import attend_with_prefix, original_config, route_config
+from .dropout import PrefixDropout
+from .encoders import PrefixEncoder
+from .geometry import count_positions
+from .states import PrefixStates, concatenate_states
+
+
+class PrefixPlusLayerBase(nn.Module, BaseTunerLayer):  # type: ignore[misc]
+    """What the layers share: they wrap one module, know their adapters, and can be taken out again."""
+
+    base_layer: nn.Module
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        """Answer for the wrapped module: decoder layers read attributes such as `is_sliding` from their attention."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)
+
+    def list_adapters(self) -> list[str]:
+        """Names of the adapters that this layer has something for."""
+        raise NotImplementedError
+
+    def list_effective_adapters(self) -> list[str]:
+        """Names of the adapters that take part in a forward, in their order."""
+        if self.disable_adapters:
+            return []
+        available = self.list_adapters()
+        return [name for name in self.active_adapters if name in available]
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
+    ) -> nn.Module:
+        """Return the wrapped module as it was before the first adapter; PEFT calls this to unload."""
+        return self.base_layer
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, None]:
+        """Adapters follow their module's device; they keep their own dtype."""
+        return next(base_layer.parameters()).device, None
+
+
+class PrefixPlusLayer(PrefixPlusLayerBase):
+    """Puts the active adapters' prefixes in front of one attention module's keys and values.
+
+    Args:
+        base_layer (`nn.Module`): an attention module.
+    """
+
+    adapter_layer_names = ("prefix_plus_encoder",)
+    other_param_names = ("prefix_plus_dropout",)
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__(base_layer)
+        self.prefix_plus_encoder = nn.ModuleDict()
+        self.prefix_plus_dropout = nn.ModuleDict()
+        self._original_config = original_config(base_layer)
+        self._routed_config = route_config(self._original_config)
+        self._active_adapter: list[str] = []
+
+    def update_layer(self, adapter_name: str, encoder: PrefixEncoder, dropout: PrefixDropout) -> None:
+        """Add an adapter.
+
+        Args:
+            adapter_name (`str`): its name.
+            encoder ([`PrefixEncoder`]): produces its keys and values.
+            dropout ([`PrefixDropout`]): its dropout.
+        """
+        self.prefix_plus_encoder[adapter_name] = encoder
+        self.prefix_plus_dropout[adapter_name] = dropout
+        self._update_route()
+
+    def list_adapters(self) -> list[str]:
+        return list(self.prefix_plus_encoder.keys())
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        self._update_route()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        super().enable_adapters(enabled)
+        self._update_route()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self._update_route()
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
+    ) -> nn.Module:
+        self.base_layer.config = self._original_config
+        return self.base_layer
+
+    def _update_route(self) -> None:
+        """Route the module only while a prefix is active: without one it is the base model's module, bit for bit."""
+        self.base_layer.config = self._routed_config if self.list_effective_adapters() else self._original_config
+
+    def get_prefix_states(self, adapter_names: Sequence[str], batch_size: int) -> PrefixStates:
+        """Compute the prefix of some adapters, one behind the other.
+
+        Args:
+            adapter_names (`Sequence[str]`): at least one adapter of this layer.
+            batch_size (`int`): rows that dropout draws for.
+
+        Returns:
+            [`PrefixStates`]: batch 1, or `batch_size` under dropout.
+        """
+        states = [
+            self.prefix_plus_dropout[name](self.prefix_plus_encoder[name](), batch_size) for name in adapter_names
+        ]
+        return concatenate_states(states)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        adapter_names = self.list_effective_adapters()
+        if not adapter_names:
+            return self.base_layer(*args, **kwargs)
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        states = self.get_prefix_states(adapter_names, batch_size=hidden_states.shape[0])
+        return attend_with_prefix(self.base_layer, states, *args, **kwargs)
+
+
+class ShiftedPositionEmbedding(PrefixPlusLayerBase):
+    """Moves the input behind the prefix in a table of learned absolute positions.
+
+    The prefix was captured at the first `P` positions, so the input goes to `P, P + 1, ...`. Rotary models need no such
+    layer: there the prefix stands at negative positions.
+
+    Args:
+        base_layer (`nn.Embedding`): the table.
+    """
+
+    other_param_names = ("prefix_plus_shift",)
+
+    def __init__(self, base_layer: nn.Embedding) -> None:
+        super().__init__(base_layer)
+        self.prefix_plus_shift: dict[str, int] = {}
+        self._active_adapter: list[str] = []
+
+    def update_layer(self, adapter_name: str, num_virtual_tokens: int) -> None:
+        """Add an adapter whose prefix takes the first `num_virtual_tokens` positions."""
+        self.prefix_plus_shift[adapter_name] = num_virtual_tokens
+
+    def list_adapters(self) -> list[str]:
+        return list(self.prefix_plus_shift)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        shift = sum(self.prefix_plus_shift[name] for name in self.list_effective_adapters())
+        if shift:
+            if isinstance(kwargs.get("position_ids"), Tensor):
+                kwargs["position_ids"] = self._shift(kwargs["position_ids"], shift)
+            else:
+                args = (self._shift(args[0], shift), *args[1:])
+        output: Tensor = self.base_layer(*args, **kwargs)
+        return output
+
+    def _shift(self, position_ids: Tensor, shift: int) -> Tensor:
+        limit = count_positions(self.base_layer)  # type: ignore[arg-type]
+        shifted = position_ids + shift
+        if not torch.compiler.is_compiling() and int(shifted.max()) >= limit:
+            raise ValueError(
+                f"The input reaches position {int(position_ids.max())} and the prefix takes {shift} positions, but the "
+                f"model has learned only {limit}. Shorten the input to at most {limit - shift} tokens, or the prefix."
+            )
+        return shifted
