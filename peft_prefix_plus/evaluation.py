@@ -1,0 +1,138 @@
+"""How well a causal language model does on examples: its loss, and the texts that it generates."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from .examples import IGNORED_LABEL, Example, tokenize_examples
+from .metrics import compute_text_metrics
+
+
+@torch.no_grad()
+def compute_loss(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    batch_size: int = 16,
+    max_length: int = 1024,
+    show_progress: bool = False,
+) -> float:
+    """Mean cross-entropy per token of the completions, all references counted, in nats.
+
+    Args:
+        model (`nn.Module`): a causal language model.
+        tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
+        examples (`Sequence[Example]`): at least one.
+        batch_size (`int`): inputs per forward.
+        max_length (`int`): longest input in tokens.
+        show_progress (`bool`): show a progress bar.
+
+    Returns:
+        `float`: total loss over the total number of completion tokens, whatever the batches.
+    """
+    inputs = sorted(tokenize_examples(examples, tokenizer, max_length), key=lambda row: len(row["input_ids"]))
+    device = next(model.parameters()).device
+    total, count = 0.0, 0
+    with _evaluating(model):
+        for start in tqdm(range(0, len(inputs), batch_size), desc="loss", disable=not show_progress):
+            rows = inputs[start : start + batch_size]
+            batch = {
+                "input_ids": _pad([row["input_ids"] for row in rows], tokenizer.pad_token_id or 0, left=False),
+                "attention_mask": _pad([row["attention_mask"] for row in rows], 0, left=False),
+            }
+            labels = _pad([row["labels"] for row in rows], IGNORED_LABEL, left=False).to(device)
+            logits = model(**{name: tensor.to(device) for name, tensor in batch.items()}).logits
+            losses = nn.functional.cross_entropy(
+                logits[:, :-1].float().transpose(1, 2), labels[:, 1:], ignore_index=IGNORED_LABEL, reduction="sum"
+            )
+            total += float(losses)
+            count += int((labels[:, 1:] != IGNORED_LABEL).sum())
+    return total / count
+
+
+@torch.no_grad()
+def generate_texts(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    batch_size: int = 16,
+    show_progress: bool = False,
+    **generation_kwargs: object,
+) -> list[str]:
+    """Continue prompts, in batches padded on the left.
+
+    Args:
+        model (`nn.Module`): a causal language model.
+        tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
+        prompts (`Sequence[str]`): texts; an empty one starts at the beginning of a sequence.
+        batch_size (`int`): prompts per batch.
+        show_progress (`bool`): show a progress bar.
+        **generation_kwargs: passed to `generate`; greedy search with 128 new tokens unless they say otherwise.
+
+    Returns:
+        `list[str]`: the continuations, in the order of the prompts, without special tokens.
+    """
+    settings: dict[str, object] = {"max_new_tokens": 128, "do_sample": False, **generation_kwargs}
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    start_id = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else [start_id] for prompt in prompts]
+    order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
+    texts = [""] * len(ids)
+    device = next(model.parameters()).device
+    with _evaluating(model):
+        for start in tqdm(range(0, len(order), batch_size), desc="generate", disable=not show_progress):
+            indices = order[start : start + batch_size]
+            input_ids = _pad([ids[index] for index in indices], pad_id, left=True).to(device)
+            mask = _pad([[1] * len(ids[index]) for index in indices], 0, left=True).to(device)
+            output = model.generate(input_ids=input_ids, attention_mask=mask, pad_token_id=pad_id, **settings)
+            continuations = tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)
+            for index, text in zip(indices, continuations, strict=True):
+                texts[index] = text.strip()
+    return texts
+
+
+def evaluate_model(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    batch_size: int = 16,
+    max_length: int = 1024,
+    show_progress: bool = False,
+    **generation_kwargs: object,
+) -> tuple[dict[str, float], list[str]]:
+    """Measure loss, perplexity, BLEU, chrF and ROUGE-L.
+
+    Args:
+        model, tokenizer, examples, batch_size, max_length, show_progress: see [`compute_loss`].
+        **generation_kwargs: see [`generate_texts`].
+
+    Returns:
+        `tuple[dict[str, float], list[str]]`: the scores by name, and the generated texts.
+    """
+    loss = compute_loss(model, tokenizer, examples, batch_size, max_length, show_progress)
+    prompts = [example.prompt for example in examples]
+    texts = generate_texts(model, tokenizer, prompts, batch_size, show_progress, **generation_kwargs)
+    scores = compute_text_metrics(texts, [example.references for example in examples])
+    return {"loss": loss, "perplexity": math.exp(loss), **scores}, texts
+
+
+def _pad(rows: Sequence[Sequence[int]], value: int, left: bool) -> Tensor:
+    """Stack rows of different lengths to `[rows, longest]`."""
+    longest = max(len(row) for row in rows)
+    padding = [[value] * (longest - len(row)) for row in rows]
+    return torch.tensor([[*pad, *row] if left else [*row, *pad] for row, pad in zip(rows, padding, strict=True)])
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

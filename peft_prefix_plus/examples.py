@@ -1,0 +1,186 @@
+"""Rows of training data, and what a causal language model is trained on."""
+
+import csv
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import load_dataset
+from transformers import PreTrainedTokenizerBase
+
+IGNORED_LABEL = -100
+ROW_FORMATS = (
+    "{'prompt': str, 'completion': str}",
+    "{'messages': [{'role': ..., 'content': ...}, ...]}",
+    "{'text': str}",
+    "{'source': str, 'references': [str, ...]}",
+)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prompt with everything that would be a right answer.
+
+    Attributes:
+        prompt (`str`): what the model reads; no loss is taken on it.
+        references (`tuple[str, ...]`): at least one completion. Training uses each, scores compare with all.
+    """
+
+    prompt: str
+    references: tuple[str, ...]
+
+
+def load_examples(
+    path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    split: str = "train",
+    prompt_template: str = "{source}\n",
+    limit: int | None = None,
+) -> list[Example]:
+    """Read examples from a file or from a data set of the Hugging Face Hub.
+
+    Args:
+        path (`str`): a `.jsonl`, `.json` or `.csv` file, or the id of a data set.
+        tokenizer (`PreTrainedTokenizerBase`): renders chat messages.
+        split (`str`): split of a data set of the hub.
+        prompt_template (`str`): turns a `source` into a prompt.
+        limit (`int`, *optional*): read only that many rows.
+
+    Returns:
+        `list[Example]`: one per row.
+
+    Raises:
+        ValueError: naming the file, the row and what it should hold, if a row cannot be used.
+    """
+    if "{source}" not in prompt_template:
+        raise ValueError(f"The prompt template must contain '{{source}}', got {prompt_template!r}.")
+    rows = read_rows(path, split)
+    examples = []
+    for number, row in enumerate(rows, start=1):
+        if limit is not None and len(examples) == limit:
+            break
+        try:
+            examples.append(parse_row(row, tokenizer, prompt_template))
+        except ValueError as error:
+            raise ValueError(f"{path}, row {number}: {error}") from error
+    if not examples:
+        raise ValueError(f"{path} has no rows. Expected rows of one of: {'; '.join(ROW_FORMATS)}.")
+    return examples
+
+
+def read_rows(path: str, split: str = "train") -> Iterable[Mapping[str, Any]]:
+    """Yield the rows of a JSON lines or CSV file, or of a data set of the hub."""
+    if path.endswith((".jsonl", ".json", ".csv")) or os.path.exists(path):
+        if not os.path.isfile(path):
+            raise ValueError(f"There is no file {path!r}. Expected a .jsonl or .csv file, or the id of a data set.")
+        return _read_csv(path) if path.endswith(".csv") else _read_json_lines(path)
+    rows: Iterable[Mapping[str, Any]] = load_dataset(path, split=split)
+    return rows
+
+
+def _read_json_lines(path: str) -> Iterable[Mapping[str, Any]]:
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number} is not JSON ({error}). Expected one object a line.") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}, line {number} holds {type(row).__name__}; expected one JSON object a line.")
+            yield row
+
+
+def _read_csv(path: str) -> Iterable[Mapping[str, Any]]:
+    with open(path, encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            yield {key: value for key, value in row.items() if value is not None}
+
+
+def parse_row(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, prompt_template: str) -> Example:
+    """Turn a row into an example, by the columns that it has.
+
+    Raises:
+        ValueError: if the columns fit no format, or hold the wrong types.
+    """
+    if "messages" in row:
+        return _parse_messages(row["messages"], tokenizer)
+    if "prompt" in row and "completion" in row:
+        return _build_example(row["prompt"], [row["completion"]])
+    if "source" in row and ("references" in row or "reference" in row):
+        references = row.get("references", row.get("reference"))
+        references = [references] if isinstance(references, str) else references
+        if not isinstance(row["source"], str):
+            raise ValueError(f"`source` must be a string, got {row['source']!r}.")
+        return _build_example(prompt_template.replace("{source}", row["source"]), references)
+    if "text" in row:
+        return _build_example("", [row["text"]])
+    raise ValueError(f"has the columns {sorted(row)}; expected one of: {'; '.join(ROW_FORMATS)}.")
+
+
+def _build_example(prompt: object, references: object) -> Example:
+    if not isinstance(prompt, str):
+        raise ValueError(f"the prompt must be a string, got {prompt!r}.")
+    if not isinstance(references, list | tuple) or not references:
+        raise ValueError(f"expected at least one reference, got {references!r}.")
+    for reference in references:
+        if not isinstance(reference, str) or not reference.strip():
+            raise ValueError(f"every completion must be a string that is not empty, got {reference!r}.")
+    return Example(prompt, tuple(references))
+
+
+def _parse_messages(messages: Any, tokenizer: PreTrainedTokenizerBase) -> Example:
+    is_chat = isinstance(messages, list) and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in messages)
+    if not is_chat or len(messages) < 2 or messages[-1]["role"] != "assistant":
+        raise ValueError(
+            "`messages` must be a list of at least two {'role', 'content'} objects that ends with the assistant's, got "
+            f"{messages!r}."
+        )
+    if tokenizer.chat_template is None:
+        raise ValueError("`messages` need a tokenizer with a chat template; use 'prompt' and 'completion' instead.")
+    prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+    return _build_example(prompt, [messages[-1]["content"]])
+
+
+def tokenize_examples(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int = 1024
+) -> list[dict[str, list[int]]]:
+    """Turn examples into model inputs with the loss on the completion only.
+
+    Every reference becomes one input: prompt, completion, end of sequence. What is longer than `max_length` loses the
+    start of its prompt, then the end of its completion.
+
+    Args:
+        examples (`Sequence[Example]`): the examples.
+        tokenizer (`PreTrainedTokenizerBase`): the base model's.
+        max_length (`int`): longest input in tokens.
+
+    Returns:
+        `list[dict[str, list[int]]]`: `input_ids`, `attention_mask` and `labels` (-100 on the prompt).
+    """
+    return [
+        _tokenize_pair(example.prompt, reference, tokenizer, max_length)
+        for example in examples
+        for reference in example.references
+    ]
+
+
+def _tokenize_pair(
+    prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> dict[str, list[int]]:
+    prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else []
+    completion_ids = tokenizer(completion, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    # A model learns to predict only behind at least one token.
+    if not prompt_ids:
+        prompt_ids = [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id]
+    completion_ids = completion_ids[: max_length - 1]
+    prompt_ids = prompt_ids[-(max_length - len(completion_ids)) :]
+    input_ids = prompt_ids + completion_ids
+    return {
+        "input_ids": input_ids,
+        "attention_mask": [1] * len(input_ids),
+        "labels": [IGNORED_LABEL] * len(prompt_ids) + completion_ids,
+    }
