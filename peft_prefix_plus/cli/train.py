@@ -1,0 +1,134 @@
+"""`prefix-plus train`: a prefix for your data, without a script."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from peft import PeftModel, get_peft_model
+from transformers import (
+    DataCollatorForSeq2Seq,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..base_models import load_base_model, locate_tokenizer
+from ..config import PrefixPlusConfig
+from ..examples import Example, load_examples, tokenize_examples
+from .arguments import DataArguments, ModelArguments, PrefixArguments, build_config, parse_arguments
+
+# What suits a prefix; the rest are the defaults of `TrainingArguments`.
+DEFAULTS: dict[str, Any] = {
+    "learning_rate": 1e-2,
+    "warmup_steps": 0.1,
+    "weight_decay": 0.0,
+    "logging_steps": 10,
+    "report_to": "none",
+}
+
+
+def build_trainer(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    arguments: TrainingArguments,
+    train_examples: Sequence[Example],
+    eval_examples: Sequence[Example] | None = None,
+    max_length: int = 1024,
+    **trainer_kwargs: Any,
+) -> Trainer:
+    """Build the `Trainer` that the commands use, with the loss on completions only.
+
+    Args:
+        model (`PeftModel`): with a trainable adapter.
+        tokenizer (`PreTrainedTokenizerBase`): of the base model.
+        arguments (`TrainingArguments`): all of them.
+        train_examples (`Sequence[Example]`): to train on.
+        eval_examples (`Sequence[Example]`, *optional*): for the evaluation loss.
+        max_length (`int`): longest input in tokens.
+        **trainer_kwargs: passed to `Trainer`.
+
+    Returns:
+        `Trainer`
+    """
+    return Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=tokenize_examples(train_examples, tokenizer, max_length),
+        eval_dataset=tokenize_examples(eval_examples, tokenizer, max_length) if eval_examples else None,
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        processing_class=tokenizer,
+        **trainer_kwargs,
+    )
+
+
+def run(words: Sequence[str]) -> None:
+    """Run the command."""
+    model_arguments, data_arguments, prefix_arguments, training_arguments = parse_arguments(
+        "train",
+        "Train a prefix and save it to --output_dir.",
+        (ModelArguments, DataArguments, PrefixArguments, TrainingArguments),
+        words,
+        DEFAULTS,
+    )
+    if data_arguments.train_file is None:
+        raise ValueError("Name the data to train on with --train_file.")
+    if training_arguments.output_dir is None:
+        raise ValueError("Name a directory for the adapter with --output_dir.")
+    set_seed(training_arguments.seed)
+    config = build_config(prefix_arguments, task_type="CAUSAL_LM")
+    model, tokenizer = _load(model_arguments)
+    train_examples, eval_examples = _load_data(data_arguments, tokenizer)
+    peft_model = get_peft_model(model, _with_tokenizer(config, model_arguments.model_name_or_path))
+    peft_model.print_trainable_parameters()
+    trainer = build_trainer(
+        peft_model, tokenizer, training_arguments, train_examples, eval_examples, data_arguments.max_length
+    )
+    checkpoint = _resolve_checkpoint(training_arguments)
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    trainer.save_metrics("train", result.metrics)
+    if eval_examples:
+        metrics = trainer.evaluate()
+        trainer.save_metrics("eval", metrics)
+        trainer.log_metrics("eval", metrics)
+    print(f"saved the adapter to {training_arguments.output_dir}")
+
+
+def _load(arguments: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    return load_base_model(
+        arguments.model_name_or_path, arguments.dtype, arguments.model_revision, arguments.attn_implementation
+    )
+
+
+def _load_data(
+    arguments: DataArguments, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[Example], list[Example] | None]:
+    assert arguments.train_file is not None
+    train_examples = load_examples(
+        arguments.train_file, tokenizer, arguments.train_split, arguments.prompt_template, arguments.max_train_examples
+    )
+    if arguments.eval_file is None:
+        return train_examples, None
+    return train_examples, load_examples(
+        arguments.eval_file, tokenizer, arguments.eval_split, arguments.prompt_template, arguments.max_eval_examples
+    )
+
+
+def _with_tokenizer(config: PrefixPlusConfig, model_name: str) -> PrefixPlusConfig:
+    """Tell the configuration where the tokenizer of the init text is, unless the user did."""
+    if config.prefix_init == "text" and config.tokenizer_name_or_path is None:
+        config.tokenizer_name_or_path, config.tokenizer_kwargs = locate_tokenizer(model_name, config.tokenizer_kwargs)
+    return config
+
+
+def _resolve_checkpoint(arguments: TrainingArguments) -> str | None:
+    """`--resume_from_checkpoint last` stands for the newest checkpoint in the output directory."""
+    checkpoint = arguments.resume_from_checkpoint
+    if checkpoint not in ("last", "true", "True"):
+        return checkpoint
+    last: str | None = get_last_checkpoint(arguments.output_dir)
+    if last is None:
+        raise ValueError(f"There is no checkpoint in {arguments.output_dir} to resume from.")
+    return last
