@@ -2,8 +2,8 @@
 
     python benchmarks/run.py benchmarks/experiments/e2e.json --data DIR
 
-`DIR` holds the data sets (`e2e/train.jsonl`, ...). Every finished run is written to `benchmarks/results/` at once; runs
-that are already there are not repeated.
+`DIR` holds the data sets (`e2e/train.jsonl`, ...). Every finished run is written to `benchmarks/results/` at once;
+runs that are already there are not repeated.
 """
 
 import argparse
@@ -69,9 +69,7 @@ class Benchmark:
     def _choose_learning_rate(self, method: dict[str, Any]) -> float:
         """The rate with the least evaluation loss on the first seed."""
         first = [
-            run
-            for run in self.runs
-            if run["method"] == method["name"] and run["seed"] == self.experiment["seeds"][0]
+            run for run in self.runs if run["method"] == method["name"] and run["seed"] == self.experiment["seeds"][0]
         ]
         best: float = min(first, key=lambda run: run["loss"])["learning_rate"]
         return best
@@ -102,7 +100,9 @@ class Benchmark:
             | {"samples": texts[:3], "versions": VERSIONS}
         )
 
-    def _train(self, model: peft.PeftModel, learning_rate: float, seed: int, own: dict[str, Any]) -> tuple[float, float]:
+    def _train(
+        self, model: peft.PeftModel, learning_rate: float, seed: int, own: dict[str, Any]
+    ) -> tuple[float, float]:
         with tempfile.TemporaryDirectory() as directory:
             arguments = TrainingArguments(
                 output_dir=directory,
@@ -124,7 +124,7 @@ class Benchmark:
             return time.perf_counter() - start, output.training_loss
 
     def _measure_base_model(self) -> dict[str, Any]:
-        scores, texts = evaluate_model(self.model, self.tokenizer, self.evaluation, **self.experiment["generation"])
+        scores, _ = evaluate_model(self.model, self.tokenizer, self.evaluation, **self.experiment["generation"])
         return {"method": "base model", "learning_rate": None, "seed": None, "trainable_parameters": 0} | scores
 
     def _add(self, run: dict[str, Any]) -> None:

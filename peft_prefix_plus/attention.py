@@ -1,9 +1,9 @@
 """Where the prefix meets the tokens: in front of the keys and values, inside the attention function.
 
-An attention module of transformers asks `ALL_ATTENTION_FUNCTIONS` for the function that its config names. A routed module
-has its own copy of the config, which names `ROUTE_NAME`; the model's config keeps the real name, so masks are still made
-for the real implementation. [`prefix_attention_forward`] prepends the prefix, widens the mask and calls the function
-that the real name stands for, looked up at every call.
+An attention module of transformers asks `ALL_ATTENTION_FUNCTIONS` for the function that its config names. A routed
+module has its own copy of the config, which names `ROUTE_NAME`; the model's config keeps the real name, so masks are
+still made for the real implementation. [`prefix_attention_forward`] prepends the prefix, widens the mask and calls the
+function that the real name stands for, looked up at every call.
 """
 
 import copy
@@ -93,7 +93,7 @@ def record_states(modules: list[nn.Module]) -> Iterator[dict[nn.Module, PrefixSt
     recording: dict[nn.Module, PrefixStates] = {}
     try:
         for module in modules:
-            module.config = route_config(original_config(module))  # type: ignore[assignment]
+            module.config = route_config(original_config(module))
         _channel.recording = recording
         yield recording
     finally:
@@ -122,7 +122,7 @@ def route_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 def original_config(module: nn.Module) -> PreTrainedConfig:
     """Return the config that an attention module shares with its model, routed or not."""
-    config: PreTrainedConfig = module.config  # type: ignore[assignment]
+    config: PreTrainedConfig = module.config
     while config._attn_implementation == ROUTE_NAME:
         config = config.prefix_plus_original
     return config
@@ -199,7 +199,7 @@ def resolve_attention_function(module: nn.Module, implementation: str) -> Attent
     Returns:
         `AttentionFunction`: `"eager"` stands for the file's own `eager_attention_forward`.
     """
-    call = find_attention_call(type(module))
+    call = find_attention_call(type(module))  # type: ignore[arg-type]
     if call is None:
         raise TypeError(f"{type(module).__name__} does not use the attention interface of transformers.")
     namespace = call.__globals__
@@ -228,12 +228,12 @@ def match_prefix(prefix: PrefixStates, key: Tensor, value: Tensor) -> PrefixStat
         ValueError: if heads or dimensions differ.
     """
     batch, heads = key.shape[:2]
-    expected, given = (heads, key.shape[-1], value.shape[-1]), (prefix.keys.shape[1], prefix.keys.shape[-1])
-    given = (*given, prefix.values.shape[-1])
+    expected = (heads, key.shape[-1], value.shape[-1])
+    given = (prefix.keys.shape[1], prefix.keys.shape[-1], prefix.values.shape[-1])
     if given != expected:
         raise ValueError(
-            f"The prefix has (kv_heads, key_dim, value_dim) = {given}, the attention module's own keys and values have "
-            f"{expected}. The adapter belongs to another base model, or the architecture is not supported yet."
+            f"The prefix has (kv_heads, key_dim, value_dim) = {given}, the attention module's own keys and values "
+            f"have {expected}. The adapter belongs to another base model, or the architecture is not supported yet."
         )
     num_tokens = prefix.num_virtual_tokens
     keys = prefix.keys.to(device=key.device, dtype=key.dtype).expand(batch, heads, num_tokens, -1)
@@ -262,8 +262,8 @@ def extend_mask(mask: Tensor | None, prefix: PrefixStates, num_tokens: int, dtyp
     Args:
         mask (`torch.Tensor`, *optional*): `[batch or 1, heads or 1, queries or 1, tokens]`, bool (`True`: visible) or
             additive. `None`: everything is visible.
-        prefix ([`PrefixStates`]): its own mask hides virtual tokens per row; without one, every query sees all of them.
-        num_tokens (`int`): keys behind the prefix, for a mask of `None`.
+        prefix ([`PrefixStates`]): its own mask hides virtual tokens per row; without one, every query sees all of
+        them. num_tokens (`int`): keys behind the prefix, for a mask of `None`.
         dtype (`torch.dtype`): of the mask made in place of `None`.
 
     Returns:
@@ -322,6 +322,6 @@ def _attend_causal(
 def refuse_mask(*args: Any, **kwargs: Any) -> NoReturn:
     """The mask maker registered for `ROUTE_NAME`: without one, transformers would leave out the mask in silence."""
     raise RuntimeError(
-        f"{ROUTE_NAME!r} is not an attention implementation for models: it routes attention modules that carry a prefix. "
-        "Load the model with `attn_implementation='sdpa'` and use `get_peft_model(model, PrefixPlusConfig(...))`."
+        f"{ROUTE_NAME!r} is not an attention implementation for models: it routes attention modules that carry a "
+        "prefix. Load the model with `attn_implementation='sdpa'` and give it a prefix with `get_peft_model`."
     )

@@ -7,6 +7,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from .attention import record_states
 from .geometry import count_positions, find_attention_modules, find_position_tables
@@ -14,7 +15,7 @@ from .layer import PrefixPlusLayerBase
 from .states import PrefixStates
 
 
-def capture_prefix_states(model: nn.Module, input_ids: Tensor | list[int]) -> dict[str, PrefixStates]:
+def capture_prefix_states(model: PreTrainedModel, input_ids: Tensor | list[int]) -> dict[str, PrefixStates]:
     """Run a model over some tokens and keep what reaches its attention functions.
 
     As a prefix these keys and values act exactly like the tokens in front of the input. Rotary positions are relative:
@@ -22,12 +23,12 @@ def capture_prefix_states(model: nn.Module, input_ids: Tensor | list[int]) -> di
     negative: there the tokens stand at `0, ..., P - 1`, and the input has to be shifted by `P`.
 
     Args:
-        model (`nn.Module`): a decoder of transformers, with or without adapters; adapters are left out.
+        model (`PreTrainedModel`): a decoder of transformers, with or without adapters; adapters are left out.
         input_ids (`torch.Tensor` or `list[int]`): `P` token ids.
 
     Returns:
-        `dict[str, PrefixStates]`: per attention module of the bare model; keys and values `[1, kv_heads, P, dim]` in the
-        model's dtype.
+        `dict[str, PrefixStates]`: per attention module of the bare model; keys and values `[1, kv_heads, P, dim]` in
+        the model's dtype.
 
     Raises:
         ValueError: if the tokens do not fit the vocabulary or the table of positions, or the model cannot be captured.
@@ -51,7 +52,7 @@ def capture_prefix_states(model: nn.Module, input_ids: Tensor | list[int]) -> di
     return {name: recording[module] for name, module in modules.items() if module in recording}
 
 
-def _check_token_ids(model: nn.Module, ids: Tensor) -> None:
+def _check_token_ids(model: PreTrainedModel, ids: Tensor) -> None:
     if ids.numel() == 0:
         raise ValueError("There are no tokens to capture; give at least one token id.")
     num_embeddings = model.get_input_embeddings().weight.shape[0]
@@ -71,8 +72,8 @@ def _choose_positions(model: nn.Module, num_tokens: int) -> Tensor:
     limit = min(count_positions(table) for table in tables.values())
     if num_tokens >= limit:
         raise ValueError(
-            f"The prefix has {num_tokens} tokens, but the model has learned only {limit} absolute positions, and the input "
-            "needs some too. Shorten the initialisation, or set a smaller `num_virtual_tokens`."
+            f"The prefix has {num_tokens} tokens, but the model has learned only {limit} absolute positions, and the "
+            "input needs some too. Shorten the initialisation, or set a smaller `num_virtual_tokens`."
         )
     return torch.arange(num_tokens)[None]
 

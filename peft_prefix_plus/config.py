@@ -65,8 +65,8 @@ class PrefixPlusConfig(PeftConfig):
         tokenizer_name_or_path (`str`, *optional*):
             Tokenizer for `prefix_init_text`. `None` (default): that of the base model.
         tokenizer_kwargs (`dict`, *optional*):
-            Passed to `AutoTokenizer.from_pretrained`; `add_special_tokens` (default `False`) goes to the tokenizer's call.
-        num_frozen_tokens (`int`):
+            Passed to `AutoTokenizer.from_pretrained`; `add_special_tokens` (default `False`) goes to the tokenizer's
+        call. num_frozen_tokens (`int`):
             Leading virtual tokens that keep their initial value, default 0. One or more keep an attention sink intact.
         prefix_is_initialized (`bool`):
             Set in the `adapter_config.json` of a saved adapter: the weights are in the file beside it, so the
@@ -107,7 +107,9 @@ class PrefixPlusConfig(PeftConfig):
     prefix_init: str = field(
         default="vocab", metadata={"help": "What the prefix is before training.", "choices": list(PREFIX_INITS)}
     )
-    prefix_init_text: str | None = field(default=None, metadata={"help": "Text whose keys and values start the prefix."})
+    prefix_init_text: str | None = field(
+        default=None, metadata={"help": "Text whose keys and values start the prefix."}
+    )
     prefix_init_token_ids: list[int] | None = field(
         default=None, metadata={"help": "Tokens whose keys and values start the prefix."}
     )
@@ -122,7 +124,8 @@ class PrefixPlusConfig(PeftConfig):
         default=0, metadata={"help": "Leading virtual tokens that keep their initial value."}
     )
     prefix_is_initialized: bool = field(
-        default=False, metadata={"help": "Set in saved adapters: the weights exist, so the initialization must not run."}
+        default=False,
+        metadata={"help": "Set in saved adapters: the weights exist, so the initialization must not run."},
     )
 
     def __post_init__(self) -> None:
@@ -173,8 +176,8 @@ class PrefixPlusConfig(PeftConfig):
         """Raise a `ValueError` if `num_frozen_tokens` leaves nothing to train in a prefix of this length."""
         if self.num_frozen_tokens >= num_virtual_tokens:
             raise ValueError(
-                f"`num_frozen_tokens` is {self.num_frozen_tokens}, but the prefix has {num_virtual_tokens} virtual tokens: "
-                f"nothing is left to train. Use at most {num_virtual_tokens - 1}, or a longer prefix."
+                f"`num_frozen_tokens` is {self.num_frozen_tokens}, but the prefix has {num_virtual_tokens} virtual "
+                f"tokens: nothing is left to train. Use at most {num_virtual_tokens - 1}, or a longer prefix."
             )
 
     def _check_targets(self) -> None:
@@ -195,7 +198,9 @@ class PrefixPlusConfig(PeftConfig):
         if indices is not None:
             listed = indices if isinstance(indices, list) else [indices]
             if not listed:
-                raise ValueError("`layers_to_transform` is empty: no layer would get a prefix. Use `None` for all layers.")
+                raise ValueError(
+                    "`layers_to_transform` is empty: no layer would get a prefix. Use `None` for all layers."
+                )
             for index in listed:
                 _check_integer("layers_to_transform", index, minimum=0)
 
@@ -208,7 +213,7 @@ class PrefixPlusConfig(PeftConfig):
                 self.prefix_init = implied
             if given and self.prefix_init != implied:
                 raise ValueError(
-                    f"`{name}` is for `prefix_init={implied!r}`, but `prefix_init` is {self.prefix_init!r}; remove one."
+                    f"`{name}` is for `prefix_init={implied!r}`, but that is {self.prefix_init!r}; remove one."
                 )
             if not given and self.prefix_init == implied:
                 raise ValueError(f"`prefix_init={implied!r}` needs `{name}`.")

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .examples import IGNORED_LABEL, Example, tokenize_examples
 from .metrics import compute_text_metrics
@@ -15,7 +15,7 @@ from .metrics import compute_text_metrics
 
 @torch.no_grad()
 def compute_loss(
-    model: nn.Module,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     batch_size: int = 16,
@@ -25,7 +25,7 @@ def compute_loss(
     """Mean cross-entropy per token of the completions, all references counted, in nats.
 
     Args:
-        model (`nn.Module`): a causal language model.
+        model (`PreTrainedModel`): a causal language model.
         tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
         examples (`Sequence[Example]`): at least one.
         batch_size (`int`): inputs per forward.
@@ -57,7 +57,7 @@ def compute_loss(
 
 @torch.no_grad()
 def generate_texts(
-    model: nn.Module,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     batch_size: int = 16,
@@ -67,7 +67,7 @@ def generate_texts(
     """Continue prompts, in batches padded on the left.
 
     Args:
-        model (`nn.Module`): a causal language model.
+        model (`PreTrainedModel`): a causal language model.
         tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
         prompts (`Sequence[str]`): texts; an empty one starts at the beginning of a sequence.
         batch_size (`int`): prompts per batch.
@@ -97,7 +97,7 @@ def generate_texts(
 
 
 def evaluate_model(
-    model: nn.Module,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     batch_size: int = 16,
@@ -129,7 +129,7 @@ def _pad(rows: Sequence[Sequence[int]], value: int, left: bool) -> Tensor:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
     was_training = model.training
     model.eval()
     try:

@@ -57,7 +57,7 @@ def load_examples(
     if "{source}" not in prompt_template:
         raise ValueError(f"The prompt template must contain '{{source}}', got {prompt_template!r}.")
     rows = read_rows(path, split)
-    examples = []
+    examples: list[Example] = []
     for number, row in enumerate(rows, start=1):
         if limit is not None and len(examples) == limit:
             break
@@ -88,7 +88,9 @@ def _read_json_lines(path: str) -> Iterable[Mapping[str, Any]]:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number} is not JSON ({error}). Expected one object a line.") from error
+                raise ValueError(
+                    f"{path}, line {number} is not JSON ({error}). Expected one object a line."
+                ) from error
             if not isinstance(row, dict):
                 raise ValueError(f"{path}, line {number} holds {type(row).__name__}; expected one JSON object a line.")
             yield row
@@ -133,11 +135,13 @@ def _build_example(prompt: object, references: object) -> Example:
 
 
 def _parse_messages(messages: Any, tokenizer: PreTrainedTokenizerBase) -> Example:
-    is_chat = isinstance(messages, list) and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in messages)
+    is_chat = isinstance(messages, list) and all(
+        isinstance(m, dict) and {"role", "content"} <= set(m) for m in messages
+    )
     if not is_chat or len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise ValueError(
-            "`messages` must be a list of at least two {'role', 'content'} objects that ends with the assistant's, got "
-            f"{messages!r}."
+            "`messages` must be a list of at least two {'role', 'content'} objects that ends with the assistant's, "
+            f"got {messages!r}."
         )
     if tokenizer.chat_template is None:
         raise ValueError("`messages` need a tokenizer with a chat template; use 'prompt' and 'completion' instead.")

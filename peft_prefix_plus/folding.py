@@ -1,38 +1,18 @@
-"""Replaces a projection by its result."""
+"""Folds saved adapters: replaces a projection by its result, on disk."""
 
 import dataclasses
 import os
 import shutil
 
-import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .config import PrefixPlusConfig
-from .encoders import DirectPrefix, PrefixEncoder, build_encoder
+from .encoders import PrefixEncoder, build_encoder, fold_encoder
 from .geometry import AttentionGeometry
-from .states import PrefixStates
 
 _ENCODER = ".prefix_plus_encoder."
-
-
-@torch.no_grad()
-def fold_encoder(encoder: PrefixEncoder) -> DirectPrefix:
-    """Return a direct encoder with the same keys and values, bit for bit.
-
-    Args:
-        encoder ([`PrefixEncoder`]): any initialised encoder; left as it is.
-
-    Returns:
-        [`DirectPrefix`]: its anchor is the result, its delta zero; it trains if the encoder does.
-    """
-    states = encoder()
-    num_frozen_tokens = encoder.num_virtual_tokens - encoder.num_trained_tokens
-    folded = DirectPrefix(encoder.geometry, encoder.num_virtual_tokens, num_frozen_tokens).to(states.keys.device)
-    folded.initialize(states, PrefixStates(encoder.scale_keys[None], encoder.scale_values[None]))
-    folded.requires_grad_(any(parameter.requires_grad for parameter in encoder.parameters()))
-    return folded.train(encoder.training)
 
 
 def fold_adapter(adapter_dir: str, output_dir: str) -> str:

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from types import FunctionType
 from typing import Any
 
@@ -47,14 +47,15 @@ def read_geometry(module: nn.Module) -> AttentionGeometry:
     Raises:
         ValueError: if the number of heads or their size cannot be found.
     """
-    config = module.config
+    config: PreTrainedConfig = module.config
     num_heads = _first_attribute((module, config), ("num_attention_heads", "num_heads", "n_head"))
     key_dim = _first_attribute((module, config), ("qk_head_dim", "head_dim", "head_size", "attention_head_size"))
     if key_dim is None and num_heads:
         key_dim = config.hidden_size // num_heads
     num_key_value_heads = _first_attribute((module,), ("num_key_value_heads", "num_kv_heads"))
-    if num_key_value_heads is None and key_dim and isinstance(getattr(module, "k_proj", None), nn.Module):
-        num_key_value_heads = module.k_proj.out_features // key_dim
+    key_projection: Any = getattr(module, "k_proj", None)
+    if num_key_value_heads is None and key_dim and key_projection is not None:
+        num_key_value_heads = key_projection.out_features // key_dim
     if num_key_value_heads is None:
         num_key_value_heads = _first_attribute((config,), ("num_key_value_heads",)) or num_heads
     if not num_key_value_heads or not key_dim:
@@ -76,7 +77,7 @@ def _first_attribute(owners: tuple[Any, ...], names: tuple[str, ...]) -> int | N
     return None
 
 
-@lru_cache(maxsize=None)
+@cache
 def find_attention_call(module_class: type[nn.Module]) -> FunctionType | None:
     """Find the method of an attention class that looks its attention function up in `ALL_ATTENTION_FUNCTIONS`.
 
@@ -102,7 +103,7 @@ def is_attention_module(module: nn.Module) -> bool:
     return (
         not isinstance(module, PreTrainedModel)
         and isinstance(getattr(module, "config", None), PreTrainedConfig)
-        and find_attention_call(type(module)) is not None
+        and find_attention_call(type(module)) is not None  # type: ignore[arg-type]
     )
 
 
@@ -162,7 +163,7 @@ def find_position_tables(model: nn.Module) -> dict[str, nn.Embedding]:
     }
 
 
-def uses_sectioned_rotary(model: nn.Module) -> bool:
+def uses_sectioned_rotary(model: PreTrainedModel) -> bool:
     """Whether positions have several coordinates (time, height, width), as in some multimodal models."""
     rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
     return "mrope_section" in rope

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoTokenizer
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel
 
 from .capture import capture_prefix_states
 from .config import DEFAULT_NUM_VIRTUAL_TOKENS, PrefixPlusConfig
@@ -25,12 +25,12 @@ class InitialStates(NamedTuple):
     scale: PrefixStates
 
 
-def resolve_init_token_ids(config: PrefixPlusConfig, model: nn.Module) -> list[int] | None:
+def resolve_init_token_ids(config: PrefixPlusConfig, model: PreTrainedModel) -> list[int] | None:
     """Return the tokens that a configuration names, before they are fitted to the prefix length.
 
     Args:
         config ([`PrefixPlusConfig`]): with any `prefix_init`.
-        model (`nn.Module`): the base model, asked for its tokenizer's name.
+        model (`PreTrainedModel`): the base model, asked for its tokenizer's name.
 
     Returns:
         `list[int]`, *optional*: `None` unless `prefix_init` is `"text"` or `"tokens"`.
@@ -45,7 +45,7 @@ def resolve_init_token_ids(config: PrefixPlusConfig, model: nn.Module) -> list[i
     return None
 
 
-def tokenize_init_text(config: PrefixPlusConfig, model: nn.Module) -> list[int]:
+def tokenize_init_text(config: PrefixPlusConfig, model: PreTrainedModel) -> list[int]:
     """Tokenise `prefix_init_text`, without special tokens unless `tokenizer_kwargs` asks for them."""
     name = config.tokenizer_name_or_path or config.base_model_name_or_path or model.config.name_or_path
     remedy = "Set `tokenizer_name_or_path`, or give `prefix_init_token_ids` instead of `prefix_init_text`."
@@ -60,8 +60,8 @@ def tokenize_init_text(config: PrefixPlusConfig, model: nn.Module) -> list[int]:
     token_ids: list[int] = tokenizer(config.prefix_init_text, add_special_tokens=add_special_tokens)["input_ids"]
     if not token_ids:
         raise ValueError(
-            f"`prefix_init_text` is {config.prefix_init_text!r}, which {name!r} tokenises to nothing. Give a text with "
-            "at least one token."
+            f"`prefix_init_text` is {config.prefix_init_text!r}, which {name!r} tokenises to nothing. Give a text "
+            "with at least one token."
         )
     return token_ids
 
@@ -85,15 +85,15 @@ def fit_token_ids(token_ids: list[int], length: int) -> list[int]:
     """
     if len(token_ids) > length:
         warnings.warn(
-            f"The initialisation has {len(token_ids)} tokens, the prefix {length}: only the first {length} are used. Leave "
-            f"`num_virtual_tokens` out, or set it to {len(token_ids)}, to keep them all.",
+            f"The initialisation has {len(token_ids)} tokens, the prefix {length}: only the first {length} are used. "
+            f"Leave `num_virtual_tokens` out, or set it to {len(token_ids)}, to keep them all.",
             stacklevel=2,
         )
     repeats = -(-length // len(token_ids))
     return (token_ids * repeats)[:length]
 
 
-def sample_vocabulary(model: nn.Module, length: int, seed: int) -> list[int]:
+def sample_vocabulary(model: PreTrainedModel, length: int, seed: int) -> list[int]:
     """Draw token ids uniformly from the model's vocabulary, the same ones for the same seed everywhere."""
     generator = torch.Generator().manual_seed(seed)
     vocab_size = model.get_input_embeddings().weight.shape[0]
@@ -101,13 +101,13 @@ def sample_vocabulary(model: nn.Module, length: int, seed: int) -> list[int]:
 
 
 def build_initial_states(
-    config: PrefixPlusConfig, model: nn.Module, lengths: Mapping[str, int], init_token_ids: list[int] | None
+    config: PrefixPlusConfig, model: PreTrainedModel, lengths: Mapping[str, int], init_token_ids: list[int] | None
 ) -> dict[str, InitialStates]:
     """Compute where the prefix of every targeted module starts.
 
     Args:
         config ([`PrefixPlusConfig`]): says how.
-        model (`nn.Module`): the base model; it is run once, and left as it was.
+        model (`PreTrainedModel`): the base model; it is run once, and left as it was.
         lengths (`Mapping[str, int]`): prefix length of every targeted module.
         init_token_ids (`list[int]`, *optional*): what [`resolve_init_token_ids`] returned.
 
@@ -126,8 +126,8 @@ def build_initial_states(
     unreached = sorted(set(lengths) - set(captured))
     if unreached:
         raise ValueError(
-            f"The modules {unreached} took no part in the model's forward over the init tokens, so they cannot carry a "
-            "prefix. Exclude them with `exclude_modules`."
+            f"The modules {unreached} took no part in the model's forward over the init tokens, so they cannot carry "
+            "a prefix. Exclude them with `exclude_modules`."
         )
     generator = torch.Generator().manual_seed(config.prefix_init_seed)
     return {
@@ -135,9 +135,7 @@ def build_initial_states(
     }
 
 
-def _build_states(
-    prefix_init: str, captured: PrefixStates, length: int, generator: torch.Generator
-) -> InitialStates:
+def _build_states(prefix_init: str, captured: PrefixStates, length: int, generator: torch.Generator) -> InitialStates:
     keys, values = captured.keys.float(), captured.values.float()
     scale = PrefixStates(_root_mean_square(keys), _root_mean_square(values))
     keys, values = keys[..., :length, :], values[..., :length, :]

@@ -9,11 +9,11 @@ from torch import nn
 
 from .attention import attend_with_prefix, original_config, route_config
 from .dropout import PrefixDropout
-from .encoders import PrefixEncoder
+from .encoders import PrefixEncoder, fold_encoder
 from .states import PrefixStates, concatenate_states
 
 
-class PrefixPlusLayerBase(nn.Module, BaseTunerLayer):  # type: ignore[misc]
+class PrefixPlusLayerBase(nn.Module, BaseTunerLayer):
     """What the layers share: they wrap one module, know their adapters, and can be taken out again."""
 
     base_layer: nn.Module
@@ -84,6 +84,11 @@ class PrefixPlusLayer(PrefixPlusLayerBase):
         self.prefix_plus_encoder[adapter_name] = encoder
         self.prefix_plus_dropout[adapter_name] = dropout
         self._update_route()
+
+    def fold(self, adapter_name: str) -> None:
+        """Replace the projection of one adapter by its result."""
+        encoder: PrefixEncoder = self.prefix_plus_encoder[adapter_name]  # type: ignore[assignment]
+        self.prefix_plus_encoder[adapter_name] = fold_encoder(encoder)
 
     def list_adapters(self) -> list[str]:
         return list(self.prefix_plus_encoder.keys())

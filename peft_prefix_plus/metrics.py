@@ -13,7 +13,7 @@ _FEATURES = datasets.Features(
 )
 
 
-class _TextMetric(evaluate.Metric):  # type: ignore[misc]
+class _TextMetric(evaluate.Metric):
     """Compares each prediction with one or more references."""
 
     description = ""
@@ -63,9 +63,7 @@ class RougeL(_TextMetric):
         return {"rouge_l": 100.0 * sum(scores) / len(scores)}
 
 
-def _score_corpus(
-    score: Callable[..., Any], predictions: Sequence[str], references: Sequence[Sequence[str]]
-) -> float:
+def _score_corpus(score: Callable[..., Any], predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """Call a corpus score of sacrebleu, which wants one stream of references per position, padded with `None`."""
     most = max(len(targets) for targets in references)
     streams = [[targets[i] if i < len(targets) else None for targets in references] for i in range(most)]
@@ -84,8 +82,8 @@ def compute_text_metrics(predictions: Sequence[str], references: Sequence[Sequen
     """
     if not predictions or len(predictions) != len(references):
         raise ValueError(
-            f"Expected one list of references per prediction and at least one of each, got {len(predictions)} predictions "
-            f"and {len(references)} lists of references."
+            f"Expected one list of references per prediction and at least one of each, got {len(predictions)} "
+            f"predictions and {len(references)} lists of references."
         )
     scores: dict[str, float] = {}
     for metric in (Bleu(), Chrf(), RougeL()):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -13,12 +13,12 @@ from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from peft.utils import _get_submodules
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from .attention import check_attention_implementation, original_config
 from .config import PrefixPlusConfig
 from .dropout import PrefixDropout
 from .encoders import build_encoder
-from .folding import fold_encoder
 from .geometry import AttentionGeometry, find_attention_modules, find_position_tables, read_geometry
 from .initialization import InitialStates, build_initial_states, resolve_init_token_ids, resolve_prefix_length
 from .layer import PrefixPlusLayer, PrefixPlusLayerBase
@@ -42,7 +42,7 @@ class InjectionPlan:
     position_tables: list[str]
 
 
-class PrefixPlusModel(BaseTuner):  # type: ignore[misc]
+class PrefixPlusModel(BaseTuner):
     """
     Gives every attention layer trainable keys and values in front of its own (prefix-tuning, Li & Liang 2021,
     https://arxiv.org/abs/2101.00190), produced by a per-layer projection and started from real tokens.
@@ -64,7 +64,7 @@ class PrefixPlusModel(BaseTuner):  # type: ignore[misc]
 
     prefix: str = "prefix_plus_"
     tuner_layer_cls = PrefixPlusLayerBase
-    target_module_mapping: dict[str, list[str]] = {}
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Give a model an adapter; see `BaseTuner.inject_adapter`.
@@ -145,7 +145,7 @@ class PrefixPlusModel(BaseTuner):  # type: ignore[misc]
         for name in names:
             for module in self.model.modules():
                 if isinstance(module, PrefixPlusLayer) and name in module.prefix_plus_encoder:
-                    module.prefix_plus_encoder[name] = fold_encoder(module.prefix_plus_encoder[name])
+                    module.fold(name)
             self.peft_config[name] = dataclasses.replace(self.peft_config[name], projection="none")
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
@@ -155,8 +155,8 @@ class PrefixPlusModel(BaseTuner):  # type: ignore[misc]
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(
-            "A prefix cannot be merged into the weights: it adds keys and values, not a weight update. Use `unload()` to "
-            "get the base model back, or `fold_prefix()` to replace the projection by its result."
+            "A prefix cannot be merged into the weights: it adds keys and values, not a weight update. Use `unload()` "
+            "to get the base model back, or `fold_prefix()` to replace the projection by its result."
         )
 
     @contextmanager
@@ -180,18 +180,18 @@ class PrefixPlusModel(BaseTuner):  # type: ignore[misc]
         if problem is not None:
             _discard_uninitialized_adapter(model, adapter_name)
             raise ValueError(
-                f"The weights do not fit adapter {adapter_name!r} of this model: {problem} Load the adapter onto the base "
-                f"model that it was trained on ({config.base_model_name_or_path or 'its name was not saved'})."
+                f"The weights do not fit adapter {adapter_name!r} of this model: {problem} Load the adapter onto the "
+                f"base model that it was trained on ({config.base_model_name_or_path or 'its name was not saved'})."
             )
         return remapped
 
 
-def plan_injection(config: PrefixPlusConfig, model: nn.Module) -> tuple[PrefixPlusConfig, InjectionPlan]:
+def plan_injection(config: PrefixPlusConfig, model: PreTrainedModel) -> tuple[PrefixPlusConfig, InjectionPlan]:
     """Resolve a configuration against a model, and compute the initial prefix.
 
     Args:
         config ([`PrefixPlusConfig`]): the user's; left as it is.
-        model (`nn.Module`): the base model, with or without other adapters; left as it is.
+        model (`PreTrainedModel`): the base model, with or without other adapters; left as it is.
 
     Returns:
         `tuple[PrefixPlusConfig, InjectionPlan]`: a copy of the configuration in which `target_modules` and
@@ -204,9 +204,9 @@ def plan_injection(config: PrefixPlusConfig, model: nn.Module) -> tuple[PrefixPl
     modules = find_attention_modules(model)
     if not modules:
         raise ValueError(
-            f"{type(model).__name__} has no attention module that PrefixPlus supports: none calls the attention interface "
-            "of transformers. Supported are models whose self-attention goes through `ALL_ATTENTION_FUNCTIONS`, such as "
-            "Llama, Qwen, Mistral, Gemma, Phi, GPT-NeoX, GPT-2 and OPT."
+            f"{type(model).__name__} has no attention module that PrefixPlus supports: none calls the attention "
+            "interface of transformers. Supported are models whose self-attention goes through "
+            "`ALL_ATTENTION_FUNCTIONS`, such as Llama, Qwen, Mistral, Gemma, Phi, GPT-NeoX, GPT-2 and OPT."
         )
     if config.target_modules is None:
         config = dataclasses.replace(config, target_modules=_name_targets(model, modules))
@@ -225,7 +225,7 @@ def plan_injection(config: PrefixPlusConfig, model: nn.Module) -> tuple[PrefixPl
     return config, InjectionPlan(lengths, geometries, initial_states, tables)
 
 
-def _check_architecture(model: nn.Module) -> None:
+def _check_architecture(model: PreTrainedModel) -> None:
     model_config = getattr(model, "config", None)
     if model_config is None or not hasattr(model_config, "_attn_implementation"):
         raise ValueError(
@@ -233,20 +233,22 @@ def _check_architecture(model: nn.Module) -> None:
         )
     if model_config.is_encoder_decoder:
         raise ValueError(
-            f"{type(model).__name__} is an encoder-decoder model, which PrefixPlus does not support yet; supported are "
-            "decoders and encoders on their own."
+            f"{type(model).__name__} is an encoder-decoder model, which PrefixPlus does not support yet; supported "
+            "are decoders and encoders on their own."
         )
 
 
-def _name_targets(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
+def _name_targets(model: PreTrainedModel, modules: dict[str, nn.Module]) -> list[str]:
     """Name all attention modules by their last names if those match nothing else, otherwise in full."""
     endings = {name.rpartition(".")[2] for name in modules}
     matched = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in endings}
-    return sorted(endings) if {name.replace(".base_layer", "") for name in matched} == set(modules) else sorted(modules)
+    return (
+        sorted(endings) if {name.replace(".base_layer", "") for name in matched} == set(modules) else sorted(modules)
+    )
 
 
 def _resolve_lengths(
-    config: PrefixPlusConfig, model: nn.Module, modules: dict[str, nn.Module]
+    config: PrefixPlusConfig, model: PreTrainedModel, modules: dict[str, nn.Module]
 ) -> dict[str, int]:
     """Prefix length of every targeted module that gets a prefix."""
     targeted = [name for name, _ in model.named_modules() if ".base_layer" not in name]
@@ -254,8 +256,8 @@ def _resolve_lengths(
     others = [name for name in targeted if name not in modules]
     if others:
         raise ValueError(
-            f"`target_modules` {config.target_modules!r} matches {others[:3]}, which cannot carry a prefix. Prefixes go on "
-            f"attention modules, here: {_abbreviate(modules)}."
+            f"`target_modules` {config.target_modules!r} matches {others[:3]}, which cannot carry a prefix. Prefixes "
+            f"go on attention modules, here: {_abbreviate(modules)}."
         )
     lengths = {name: config.resolve_num_virtual_tokens(name) for name in targeted}
     lengths = {name: length for name, length in lengths.items() if length}
@@ -285,13 +287,9 @@ def _check_geometries(geometries: dict[str, AttentionGeometry], states: dict[str
             )
 
 
-def _find_checkpoint_problem(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> str | None:
+def _find_checkpoint_problem(model: PreTrainedModel, adapter_name: str, state_dict: dict[str, Tensor]) -> str | None:
     """Say what is missing, foreign or misshapen in an adapter's weights; `None` if all is well."""
-    own = {
-        key: tensor
-        for key, tensor in model.state_dict().items()
-        if f".prefix_plus_encoder.{adapter_name}." in key
-    }
+    own = {key: tensor for key, tensor in model.state_dict().items() if f".prefix_plus_encoder.{adapter_name}." in key}
     prefix = "" if any(key in state_dict for key in own) else "base_model.model."
     missing = [key for key in own if prefix + key not in state_dict]
     if missing:
@@ -308,7 +306,7 @@ def _find_checkpoint_problem(model: nn.Module, adapter_name: str, state_dict: di
     return None
 
 
-def _discard_uninitialized_adapter(model: nn.Module, adapter_name: str) -> None:
+def _discard_uninitialized_adapter(model: PreTrainedModel, adapter_name: str) -> None:
     """Take an adapter that never got its weights out of a model, and the layers that are left without one."""
     for name, module in list(model.named_modules()):
         if not isinstance(module, PrefixPlusLayerBase) or adapter_name not in module.list_adapters():
@@ -323,5 +321,3 @@ def _discard_uninitialized_adapter(model: nn.Module, adapter_name: str) -> None:
     model.peft_config.pop(adapter_name, None)
     if not model.peft_config:
         stop_aligning_positions(model.get_base_model() if isinstance(model, PeftModel) else model)
-
-

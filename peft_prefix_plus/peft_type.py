@@ -1,6 +1,7 @@
 """Adds `PeftType.PREFIX_PLUS` to PEFT's closed enumeration of methods."""
 
 import enum
+from typing import Any
 
 from peft import PeftType
 
@@ -12,8 +13,8 @@ def add_string_member(enumeration: type[enum.Enum], name: str) -> enum.Enum:
     """Add a member whose value is its own name to an enumeration of strings, once.
 
     PEFT has no door for third-party methods: `register_peft_method` refuses a name that is not a member of `PeftType`.
-    A member made here behaves like one written in the class body: lookup by name, by value and by attribute, iteration,
-    identity, pickling, copying and JSON.
+    A member made here behaves like one written in the class body: lookup by name, by value and by attribute,
+    iteration, identity, pickling, copying and JSON.
 
     Args:
         enumeration (`type[enum.Enum]`): an enumeration that also derives from `str`.
@@ -24,7 +25,7 @@ def add_string_member(enumeration: type[enum.Enum], name: str) -> enum.Enum:
     """
     if name in enumeration.__members__:
         return enumeration.__members__[name]
-    member = str.__new__(enumeration, name)  # type: ignore[type-var]
+    member: Any = str.__new__(enumeration, name)  # type: ignore[type-var]
     member._name_ = name
     member._value_ = name
     member.__objclass__ = enumeration
@@ -34,7 +35,8 @@ def add_string_member(enumeration: type[enum.Enum], name: str) -> enum.Enum:
     enumeration._member_names_.append(name)
     enumeration._member_map_[name] = member
     enumeration._value2member_map_[name] = member
-    return member
+    added: enum.Enum = member
+    return added
 
 
 PREFIX_PLUS = add_string_member(PeftType, MEMBER_NAME)

@@ -13,8 +13,8 @@ from .layer import PrefixPlusLayer, PrefixPlusLayerBase
 class ShiftedPositionEmbedding(PrefixPlusLayerBase):
     """Moves the input behind the prefix in a table of learned absolute positions.
 
-    The prefix was captured at the first `P` positions, so the input goes to `P, P + 1, ...`. Rotary models need no such
-    layer: there the prefix stands at negative positions.
+    The prefix was captured at the first `P` positions, so the input goes to `P, P + 1, ...`. Rotary models need no
+    such layer: there the prefix stands at negative positions.
 
     Args:
         base_layer (`nn.Embedding`): the table.
@@ -49,8 +49,8 @@ class ShiftedPositionEmbedding(PrefixPlusLayerBase):
         shifted = position_ids + shift
         if not torch.compiler.is_compiling() and int(shifted.max()) >= limit:
             raise ValueError(
-                f"The input reaches position {int(position_ids.max())} and the prefix takes {shift} positions, but the "
-                f"model has learned only {limit}. Shorten the input to at most {limit - shift} tokens, or the prefix."
+                f"The input reaches position {int(position_ids.max())} and the prefix takes {shift} positions, but "
+                f"the model has learned only {limit}. Shorten the input to {limit - shift} tokens, or the prefix."
             )
         return shifted
 
@@ -58,9 +58,9 @@ class ShiftedPositionEmbedding(PrefixPlusLayerBase):
 class PositionAligner:
     """Forward pre-hook that starts every row's positions at its first real token.
 
-    A rotary model may number a left-padded row from its padding on: only distances count. A prefix at negative positions
-    makes the start count, so the positions are taken from the attention mask where the caller gives none. Without an
-    active prefix the hook does nothing.
+    A rotary model may number a left-padded row from its padding on: only distances count. A prefix at negative
+    positions makes the start count, so the positions are taken from the attention mask where the caller gives none.
+    Without an active prefix the hook does nothing.
     """
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -16,7 +16,7 @@ from .peft_type import METHOD_NAME, PREFIX_PLUS
 
 
 def register() -> None:
-    """Register the method and its attention function; importing the package does this. Repeating it changes nothing."""
+    """Register the method and its attention function; importing the package does so. Repeating it changes nothing."""
     for mapping in (
         PEFT_TYPE_TO_CONFIG_MAPPING,
         PEFT_TYPE_TO_MIXED_MODEL_MAPPING,

@@ -13,8 +13,8 @@ class PrefixStates(NamedTuple):
     Attributes:
         keys (`torch.Tensor`): `[batch, kv_heads, P, key_dim]`; `batch` is 1 when all rows share the prefix.
         values (`torch.Tensor`): `[batch, kv_heads, P, value_dim]`, the same `batch`.
-        mask (`torch.Tensor`, *optional*): bool `[batch, P]`, `True` where the virtual token is visible; its `batch` may
-            differ from that of the keys if one of them is 1. `None`: all are visible.
+        mask (`torch.Tensor`, *optional*): bool `[batch, P]`, `True` where the virtual token is visible; its `batch`
+            may differ from that of the keys if one of them is 1. `None`: all are visible.
     """
 
     keys: Tensor

@@ -29,7 +29,9 @@ class DemoArguments:
     """Options of the command."""
 
     output_dir: str = field(default="demo-output", metadata={"help": "Directory for the adapter and the report."})
-    model_name_or_path: str = field(default=WHEEL_MODEL, metadata={"help": "Base model; default: SmolLM2-135M-Instruct."})
+    model_name_or_path: str = field(
+        default=WHEEL_MODEL, metadata={"help": "Base model; default: SmolLM2-135M-Instruct."}
+    )
     dtype: str = field(default="bfloat16", metadata={"help": "Weights of the base model."})
     max_steps: int = field(default=60, metadata={"help": "Training steps."})
     max_eval_examples: int = field(default=32, metadata={"help": "Held-out examples to score."})
@@ -61,6 +63,7 @@ def run(words: Sequence[str]) -> None:
         tokenizer_kwargs=tokenizer_kwargs,
     )
     peft_model = get_peft_model(model, config)
+    config = peft_model.active_peft_config
     _say(f"3/6 training a prefix for {arguments.max_steps} steps")
     peft_model.print_trainable_parameters()
     trainer = build_trainer(
@@ -93,11 +96,13 @@ def run(words: Sequence[str]) -> None:
     trainable, total = peft_model.get_nb_trainable_parameters()
     facts = {
         "Base model": f"{arguments.model_name_or_path}, {arguments.dtype}, {total - trainable:,} parameters",
-        "Prefix": f"{peft_model.active_peft_config.num_virtual_tokens} virtual tokens per layer, from the text {INIT_TEXT!r}",
+        "Prefix": f"{config.num_virtual_tokens} virtual tokens per layer, started from the text {INIT_TEXT!r}",
         "Trained": f"{trainable:,} parameters, {arguments.max_steps} steps",
         "Adapter": f"{size} KB in {adapter_dir}",
     }
-    _write_report(output_dir, facts, (before, after), trainer.state.log_history, test_examples, before_texts, after_texts)
+    _write_report(
+        output_dir, facts, (before, after), trainer.state.log_history, test_examples, before_texts, after_texts
+    )
     print(
         f"demo: loss {before['loss']:.3f} -> {after['loss']:.3f}, BLEU {before['bleu']:.1f} -> {after['bleu']:.1f}, "
         f"adapter {size} KB in {adapter_dir}"
@@ -138,7 +143,11 @@ def _write_report(
         for example, old, new in list(zip(examples, before_texts, after_texts, strict=True))[:6]
     ]
     page = build_report(
-        "A prefix for ferry announcements", facts, {name: (before[name], after[name]) for name in before}, figure, samples
+        "A prefix for ferry announcements",
+        facts,
+        {name: (before[name], after[name]) for name in before},
+        figure,
+        samples,
     )
     os.makedirs(output_dir, exist_ok=True)
     figure.savefig(output_dir / "loss.png", dpi=150)

@@ -37,7 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         command = importlib.import_module(f"peft_prefix_plus.cli.{words[0]}")
     except ModuleNotFoundError as error:
-        remedy = "pip install 'peft-prefix-plus[demo]'" if words[0] == "demo" else "pip install 'peft-prefix-plus[train]'"
+        remedy = (
+            "pip install 'peft-prefix-plus[demo]'" if words[0] == "demo" else "pip install 'peft-prefix-plus[train]'"
+        )
         print(f"prefix-plus {words[0]} needs the package {error.name!r}: {remedy}", file=sys.stderr)
         return 1
     try:
@@ -52,7 +54,13 @@ def _describe() -> str:
     width = max(len(name) for name in COMMANDS)
     lines = [f"  {name:<{width}}  {text}" for name, text in COMMANDS.items()]
     return "\n".join(
-        ["usage: prefix-plus COMMAND [options]", "", *lines, "", "`prefix-plus COMMAND --help` lists a command's options."]
+        [
+            "usage: prefix-plus COMMAND [options]",
+            "",
+            *lines,
+            "",
+            "`prefix-plus COMMAND --help` lists a command's options.",
+        ]
     )
 
 

@@ -125,7 +125,7 @@ def _with_tokenizer(config: PrefixPlusConfig, model_name: str) -> PrefixPlusConf
 
 def _resolve_checkpoint(arguments: TrainingArguments) -> str | None:
     """`--resume_from_checkpoint last` stands for the newest checkpoint in the output directory."""
-    checkpoint = arguments.resume_from_checkpoint
+    checkpoint: str | None = arguments.resume_from_checkpoint
     if checkpoint not in ("last", "true", "True"):
         return checkpoint
     last: str | None = get_last_checkpoint(arguments.output_dir)

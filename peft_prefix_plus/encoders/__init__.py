@@ -2,7 +2,7 @@
 
 from ..geometry import AttentionGeometry
 from .base import PrefixEncoder
-from .direct import DirectPrefix
+from .direct import DirectPrefix, fold_encoder
 from .projected import LinearPrefix, MLPPrefix
 
 PROJECTIONS = ("none", "linear", "mlp")
@@ -33,4 +33,12 @@ def build_encoder(
     return encoder_class(geometry, num_virtual_tokens, num_frozen_tokens, projection_dim)
 
 
-__all__ = ["PROJECTIONS", "DirectPrefix", "LinearPrefix", "MLPPrefix", "PrefixEncoder", "build_encoder"]
+__all__ = [
+    "PROJECTIONS",
+    "DirectPrefix",
+    "LinearPrefix",
+    "MLPPrefix",
+    "PrefixEncoder",
+    "build_encoder",
+    "fold_encoder",
+]

@@ -15,9 +15,9 @@ class PrefixEncoder(nn.Module):
         [K ; V] = anchor + scale * delta
 
     The anchor (frozen) holds where training starts, usually the keys and values of real tokens. The delta (trained) is
-    zero at the start, so step 0 is the anchor exactly, and weight decay pulls back to the anchor, not to zero. The scale
-    (frozen) is the typical magnitude of the model's own keys and values per head, so that one learning rate fits all
-    layers. Subclasses say how the delta is parameterised, in [`compute_delta`].
+    zero at the start, so step 0 is the anchor exactly, and weight decay pulls back to the anchor, not to zero. The
+    scale (frozen) is the typical magnitude of the model's own keys and values per head, so that one learning rate fits
+    all layers. Subclasses say how the delta is parameterised, in [`compute_delta`].
 
     Args:
         geometry ([`AttentionGeometry`]): heads, dimensions and device of the attention module.

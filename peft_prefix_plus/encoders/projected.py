@@ -1,4 +1,4 @@
-"""`projection="linear"` and `"mlp"`: each layer projects a small embedding per virtual token to its keys and values."""
+"""`projection="linear"` and `"mlp"`: per layer, a projection of a small embedding per virtual token."""
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,7 @@ class LinearPrefix(PrefixEncoder):
         )
         # [tokens, heads * (key_dim + value_dim)] -> [heads, tokens, key_dim + value_dim]
         per_head = projected.view(-1, heads, key_dim + value_dim).transpose(0, 1)
-        keys, values = per_head.split([key_dim, value_dim], dim=-1)
+        keys, values = torch.split(per_head, [key_dim, value_dim], dim=-1)
         return keys, values
 
     def compute_features(self) -> Tensor:
