@@ -1,6 +1,7 @@
 """Shared by all tests."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,3 +13,16 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A directory with a tiny Llama and a tokenizer of single bytes that has a chat template."""
+    from tiny_models import build_byte_tokenizer, build_model
+
+    directory: Path = tmp_path_factory.mktemp("tiny-model")
+    tokenizer = build_byte_tokenizer()
+    model = build_model("llama", vocab_size=len(tokenizer))
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return str(directory)

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import torch
 import transformers
-from transformers import PreTrainedModel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 VOCAB_SIZE = 96
 MAX_POSITIONS = 64
@@ -23,13 +24,13 @@ class Architecture:
     """
 
     name: str
-    build: Callable[[], PreTrainedModel]
+    build: Callable[..., PreTrainedModel]
     learned_positions: bool = False
     sliding_window: int | None = None
 
 
-def _builder(config_name: str, **settings: object) -> Callable[[], PreTrainedModel]:
-    def build() -> PreTrainedModel:
+def _builder(config_name: str, **settings: object) -> Callable[..., PreTrainedModel]:
+    def build(**overrides: object) -> PreTrainedModel:
         config = getattr(transformers, config_name)(
             **{
                 "vocab_size": VOCAB_SIZE,
@@ -41,6 +42,7 @@ def _builder(config_name: str, **settings: object) -> Callable[[], PreTrainedMod
                 "pad_token_id": 0,
             }
             | settings
+            | overrides
         )
         return transformers.AutoModelForCausalLM.from_config(config)
 
@@ -91,10 +93,31 @@ ARCHITECTURES = {
 
 
 def build_model(
-    name: str, implementation: str = "sdpa", dtype: torch.dtype = torch.float32, seed: int = 0
+    name: str,
+    implementation: str = "sdpa",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    **overrides: object,
 ) -> PreTrainedModel:
     """Build a tiny model in evaluation mode; equal arguments give equal weights."""
     torch.manual_seed(seed)
-    model = ARCHITECTURES[name].build().to(dtype).eval()
+    model = ARCHITECTURES[name].build(**overrides).to(dtype).eval()
     model.set_attn_implementation(implementation)
     return model
+
+
+def build_byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer with one token per byte, three special tokens, and a chat template."""
+    special = ["<pad>", "<s>", "</s>"]
+    vocabulary = {token: i for i, token in enumerate(special + sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token=special[0], bos_token=special[1], eos_token=special[2]
+    )
+    tokenizer.chat_template = (
+        "{% for message in messages %}[{{ message['role'] }}]{{ message['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    return tokenizer

@@ -1,10 +1,14 @@
 """`prefix-plus COMMAND ...`: finds the command's module and runs it."""
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
 import peft_prefix_plus
+
+# Set this variable to see where an error came from.
+TRACEBACK_VARIABLE = "PREFIX_PLUS_TRACEBACK"
 
 COMMANDS = {
     "train": "train a prefix on your data",
@@ -45,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         command.run(words[1:])
     except (ValueError, OSError) as error:
+        if TRACEBACK_VARIABLE in os.environ:
+            raise
         print(f"prefix-plus {words[0]}: {error}", file=sys.stderr)
         return 1
     return 0

@@ -88,6 +88,7 @@ def run(words: Sequence[str]) -> None:
     checkpoint = _resolve_checkpoint(training_arguments)
     result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
+    trainer.save_state()
     trainer.save_metrics("train", result.metrics)
     if eval_examples:
         metrics = trainer.evaluate()

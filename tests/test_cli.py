@@ -1,0 +1,166 @@
+"""The console script, run on a tiny model as a user would run it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from peft_prefix_plus.cli.main import COMMANDS, main
+
+ROWS = [{"source": f"{a} plus {b}", "references": [f"{a + b}", f"it is {a + b}"]} for a in range(4) for b in range(3)]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> str:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in ROWS), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def train(tiny_model_dir: str, data: str, tmp_path: Path):
+    """Run `train` with a few steps; returns its output directory."""
+
+    def run(*words: str, output_dir: str = "out", status: int = 0) -> Path:
+        directory = tmp_path / output_dir
+        fixed = ["--model_name_or_path", tiny_model_dir, "--train_file", data, "--output_dir", str(directory)]
+        fixed += ["--max_steps", "4", "--per_device_train_batch_size", "4", "--use_cpu", "--disable_tqdm", "true"]
+        assert main(["train", *fixed, *words]) == status
+        return directory
+
+    return run
+
+
+def read_losses(directory: Path) -> list[float]:
+    history = json.loads((directory / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def load_weights(directory: Path, tiny_model_dir: str) -> dict[str, torch.Tensor]:
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model_dir), directory)
+    return {key: value for key, value in model.state_dict().items() if ".prefix_plus_" in key}
+
+
+def test_train_evaluate_generate_fold(train, data, tiny_model_dir, tmp_path, capsys):
+    directory = train("--prefix_init_text", "Add the numbers:", "--eval_file", data, "--learning_rate", "0.05")
+    config = json.loads((directory / "adapter_config.json").read_text())
+    assert config["num_virtual_tokens"] == len("Add the numbers:")
+    assert json.loads((directory / "eval_results.json").read_text())["eval_loss"] > 0
+
+    report = tmp_path / "report.json"
+    words = ["--adapter", str(directory), "--eval_file", data, "--max_new_tokens", "5"]
+    capsys.readouterr()
+    assert main(["evaluate", *words, "--output_file", str(report)]) == 0
+    assert "base model" in capsys.readouterr().out
+    scores = json.loads(report.read_text())
+    assert scores["adapter"]["loss"] < scores["base_model"]["loss"]
+    assert len(scores["texts"]) == len(ROWS)
+
+    folded = tmp_path / "folded"
+    assert main(["fold", "--adapter", str(directory), "--output_dir", str(folded)]) == 0
+    capsys.readouterr()
+    outputs = []
+    for adapter in (directory, folded):
+        assert main(["generate", "--adapter", str(adapter), "--prompt", "1 plus 1", "--max_new_tokens", "5"]) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1]
+    expected = scores["texts"][[row["source"] for row in ROWS].index("1 plus 1")]
+    assert outputs[0].strip("\n") == expected
+
+
+def test_yaml_equals_the_command_line_which_wins(train, tmp_path, tiny_model_dir):
+    options = {"projection": "none", "num_virtual_tokens": 3, "learning_rate": "2e-2", "layers_to_transform": [1]}
+    path = tmp_path / "options.yaml"
+    path.write_text(yaml.safe_dump(options))
+    words = ["--projection", "none", "--num_virtual_tokens", "3", "--learning_rate", "0.02"]
+    from_words = load_weights(train(*words, "--layers_to_transform", "1", output_dir="a"), tiny_model_dir)
+    from_yaml = load_weights(train("--config", str(path), output_dir="b"), tiny_model_dir)
+    assert from_words.keys() == from_yaml.keys()
+    assert all(torch.equal(from_words[key], from_yaml[key]) for key in from_words)
+    winner = train("--config", str(path), "--num_virtual_tokens", "5", output_dir="c")
+    assert json.loads((winner / "adapter_config.json").read_text())["num_virtual_tokens"] == 5
+
+
+def test_resumed_training_equals_uninterrupted(train, tiny_model_dir):
+    settings = ["--prefix_dropout", "0.3", "--logging_steps", "1", "--save_steps", "2"]
+    whole = train(*settings, output_dir="whole")
+    # The schedule is that of four steps; the run stops after two, as if it had been killed.
+    stopped = train(*settings, output_dir="stopped")
+    resumed_from = stopped / "checkpoint-2"
+    resumed = train(*settings, "--resume_from_checkpoint", str(resumed_from), output_dir="resumed")
+    assert read_losses(resumed) == read_losses(whole)
+    expected, given = load_weights(whole, tiny_model_dir), load_weights(resumed, tiny_model_dir)
+    assert all(torch.equal(expected[key], given[key]) for key in expected)
+
+
+def test_resume_from_the_last_checkpoint(train, capsys):
+    directory = train("--save_steps", "2")
+    train("--save_steps", "2", "--resume_from_checkpoint", "last", "--max_steps", "6")
+    assert (directory / "checkpoint-6").is_dir()
+    train("--resume_from_checkpoint", "last", output_dir="empty", status=1)
+    assert "no checkpoint" in capsys.readouterr().err
+
+
+def test_json_options_and_patterns(train):
+    directory = train("--num_virtual_tokens_pattern", '{"layers.0.self_attn": 0}', "--num_virtual_tokens", "4")
+    config = json.loads((directory / "adapter_config.json").read_text())
+    assert config["num_virtual_tokens_pattern"] == {"layers.0.self_attn": 0}
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["--projection", "linear", "--num_virtual_tokens", "0"], "num_virtual_tokens"),
+        (["--num_virtual_tokens_pattern", "{"], "num_virtual_tokens_pattern"),
+        (["--prompt_template", "x"], "{source}"),
+        (["--train_file", "/nowhere.jsonl"], "/nowhere.jsonl"),
+        (["--dtype", "float99"], "float99"),
+        (["--prefix_init_text", "a", "--prefix_init_token_ids", "3"], "not both"),
+    ],
+)
+def test_bad_input_gives_one_line_and_status_1(train, capsys, words, part):
+    directory = train(*words, status=1)
+    assert part in capsys.readouterr().err.strip().splitlines()[-1]
+    assert not directory.exists()
+
+
+def test_unknown_yaml_options_are_named(train, tmp_path, capsys):
+    path = tmp_path / "options.yaml"
+    path.write_text("projektion: none\n")
+    train("--config", str(path), status=1)
+    assert "projektion" in capsys.readouterr().err
+
+
+def test_an_adapter_that_is_not_there_is_named(data, tmp_path, capsys):
+    assert main(["evaluate", "--adapter", str(tmp_path / "none"), "--eval_file", data]) == 1
+    assert "none" in capsys.readouterr().err
+    assert main(["fold", "--adapter", str(tmp_path / "none"), "--output_dir", str(tmp_path / "x")]) == 1
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main([command, "--help"])
+    assert exit_.value.code == 0
+    assert f"prefix-plus {command}" in capsys.readouterr().out
+
+
+def test_the_program_without_a_command_and_with_a_wrong_one(capsys):
+    assert main([]) == 2
+    assert "train" in capsys.readouterr().out
+    assert main(["trian"]) == 2
+    assert "trian" in capsys.readouterr().err
+    assert main(["--version"]) == 0
+
+
+def test_the_installed_script_runs():
+    script = Path(sys.executable).parent / "prefix-plus"
+    result = subprocess.run([script, "--version"], capture_output=True, text=True, check=True)
+    assert result.stdout.startswith("prefix-plus ")

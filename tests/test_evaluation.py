@@ -1,0 +1,53 @@
+"""Loss and generation do not depend on how examples are batched."""
+
+import math
+
+import pytest
+import torch
+from helpers import add_prefix, perturb
+from tiny_models import build_byte_tokenizer, build_model
+
+from peft_prefix_plus.evaluation import compute_loss, evaluate_model, generate_texts
+from peft_prefix_plus.examples import Example, tokenize_examples
+
+EXAMPLES = [Example("ab", ("cd", "efg")), Example("a longer prompt", ("x",)), Example("", ("plain text",))]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return build_byte_tokenizer()
+
+
+@pytest.fixture(params=[False, True], ids=["base", "prefix"])
+def model(request, tokenizer):
+    model = build_model("llama", vocab_size=len(tokenizer))
+    if request.param:
+        model = add_prefix(model)
+        perturb(model)
+    return model
+
+
+def test_the_loss_is_the_mean_over_all_completion_tokens(model, tokenizer):
+    total, count = 0.0, 0
+    for row in tokenize_examples(EXAMPLES, tokenizer):
+        labels = torch.tensor([row["labels"]])
+        tokens = int((labels != -100).sum())
+        total += float(model(input_ids=torch.tensor([row["input_ids"]]), labels=labels).loss) * tokens
+        count += tokens
+    for batch_size in (1, 2, 16):
+        assert compute_loss(model, tokenizer, EXAMPLES, batch_size) == pytest.approx(total / count, rel=1e-5)
+
+
+def test_generated_texts_keep_the_order_and_do_not_depend_on_the_batch(model, tokenizer):
+    prompts = ["a longer prompt", "ab", "", "mid-size"]
+    alone = [generate_texts(model, tokenizer, [prompt], max_new_tokens=8)[0] for prompt in prompts]
+    assert generate_texts(model, tokenizer, prompts, batch_size=3, max_new_tokens=8) == alone
+
+
+def test_evaluation_leaves_the_mode_alone_and_reports_every_score(model, tokenizer):
+    model.train()
+    scores, texts = evaluate_model(model, tokenizer, EXAMPLES, max_new_tokens=4)
+    assert model.training
+    assert len(texts) == len(EXAMPLES)
+    assert list(scores) == ["loss", "perplexity", "bleu", "chrf", "rouge_l"]
+    assert scores["perplexity"] == pytest.approx(math.exp(scores["loss"]))

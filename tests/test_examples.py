@@ -1,0 +1,105 @@
+"""Rows become examples, examples become inputs with the loss on the completion only."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny_models import build_byte_tokenizer
+
+from peft_prefix_plus.examples import IGNORED_LABEL, Example, load_examples, tokenize_examples
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return build_byte_tokenizer()
+
+
+def write_rows(path: Path, rows: list) -> str:
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": "2+2=", "completion": "4"}, Example("2+2=", ("4",))),
+        ({"source": "a | b", "references": ["x", "y"]}, Example("a | b\n", ("x", "y"))),
+        ({"source": "a", "reference": "x"}, Example("a\n", ("x",))),
+        ({"text": "once"}, Example("", ("once",))),
+        (
+            {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]},
+            Example("[user]hi\n[assistant]", ("ho",)),
+        ),
+    ],
+)
+def test_every_format_becomes_an_example(tmp_path, tokenizer, row, expected):
+    assert load_examples(write_rows(tmp_path / "rows.jsonl", [row, "", row]), tokenizer) == [expected, expected]
+
+
+def test_csv_equals_json_lines(tmp_path, tokenizer):
+    (tmp_path / "rows.csv").write_text('prompt,completion\n"a, b",c\nd,"e\nf"\n', encoding="utf-8")
+    rows = [{"prompt": "a, b", "completion": "c"}, {"prompt": "d", "completion": "e\nf"}]
+    expected = load_examples(write_rows(tmp_path / "rows.jsonl", rows), tokenizer)
+    assert load_examples(str(tmp_path / "rows.csv"), tokenizer) == expected
+
+
+def test_limit_and_template(tmp_path, tokenizer):
+    path = write_rows(tmp_path / "rows.jsonl", [{"source": str(i), "references": ["x"]} for i in range(5)])
+    examples = load_examples(path, tokenizer, prompt_template="<{source}>", limit=2)
+    assert [example.prompt for example in examples] == ["<0>", "<1>"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "parts"),
+    [
+        (["{'prompt': 1}"], ["line 1", "not JSON", "one object a line"]),
+        (["[1, 2]"], ["line 1", "list"]),
+        ([{"text": "a"}, {"question": "b"}], ["row 2", "question", "'prompt': str"]),
+        ([{"prompt": 3, "completion": "a"}], ["row 1", "prompt", "3"]),
+        ([{"prompt": "a", "completion": " "}], ["row 1", "not empty"]),
+        ([{"source": "a", "references": []}], ["row 1", "at least one reference"]),
+        ([{"messages": [{"role": "user", "content": "a"}]}], ["row 1", "assistant"]),
+        ([{"messages": "hi"}], ["row 1", "messages"]),
+        ([], ["no rows"]),
+    ],
+)
+def test_a_bad_row_is_named(tmp_path, tokenizer, rows, parts):
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(ValueError) as error:
+        load_examples(path, tokenizer)
+    assert all(part in str(error.value) for part in [path, *parts]), str(error.value)
+
+
+def test_a_missing_file_and_a_template_without_source_are_named(tmp_path, tokenizer):
+    with pytest.raises(ValueError, match=r"no file .*nothing\.jsonl"):
+        load_examples(str(tmp_path / "nothing.jsonl"), tokenizer)
+    with pytest.raises(ValueError, match="must contain '{source}'"):
+        load_examples(str(tmp_path / "nothing.jsonl"), tokenizer, prompt_template="x")
+
+
+def test_chat_needs_a_template(tmp_path, tokenizer):
+    row = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}
+    bare = build_byte_tokenizer()
+    bare.chat_template = None
+    with pytest.raises(ValueError, match="chat template"):
+        load_examples(write_rows(tmp_path / "rows.jsonl", [row]), bare)
+
+
+def test_the_loss_is_on_the_completion_and_the_end_of_sequence(tokenizer):
+    (row,) = tokenize_examples([Example("ab", ("cde",))], tokenizer)
+    assert tokenizer.decode(row["input_ids"]) == "abcde</s>"
+    assert row["labels"][:2] == [IGNORED_LABEL] * 2
+    assert row["labels"][2:] == row["input_ids"][2:]
+
+
+def test_every_reference_is_an_input_and_plain_text_starts_a_sequence(tokenizer):
+    rows = tokenize_examples([Example("a", ("b", "c")), Example("", ("d",))], tokenizer)
+    assert [tokenizer.decode(row["input_ids"]) for row in rows] == ["ab</s>", "ac</s>", "<s>d</s>"]
+
+
+def test_a_long_prompt_loses_its_start_and_never_all_of_itself(tokenizer):
+    long, longer = tokenize_examples([Example("abcdef", ("xyz",)), Example("ab", ("uvwxyz",))], tokenizer, max_length=6)
+    assert tokenizer.decode(long["input_ids"]) == "efxyz</s>"
+    assert tokenizer.decode(longer["input_ids"]) == "buvwxy"
+    assert long["labels"].count(IGNORED_LABEL) == 2
+    assert longer["labels"].count(IGNORED_LABEL) == 1
