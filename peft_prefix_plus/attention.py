@@ -262,8 +262,8 @@ def extend_mask(mask: Tensor | None, prefix: PrefixStates, num_tokens: int, dtyp
     Args:
         mask (`torch.Tensor`, *optional*): `[batch or 1, heads or 1, queries or 1, tokens]`, bool (`True`: visible) or
             additive. `None`: everything is visible.
-        prefix ([`PrefixStates`]): its own mask hides virtual tokens per row; without one, every query sees all of
-        them. num_tokens (`int`): keys behind the prefix, for a mask of `None`.
+        prefix ([`PrefixStates`]): its own mask hides virtual tokens per row; without one, all queries see all.
+        num_tokens (`int`): keys behind the prefix, for a mask of `None`.
         dtype (`torch.dtype`): of the mask made in place of `None`.
 
     Returns:

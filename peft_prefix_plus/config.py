@@ -65,8 +65,8 @@ class PrefixPlusConfig(PeftConfig):
         tokenizer_name_or_path (`str`, *optional*):
             Tokenizer for `prefix_init_text`. `None` (default): that of the base model.
         tokenizer_kwargs (`dict`, *optional*):
-            Passed to `AutoTokenizer.from_pretrained`; `add_special_tokens` (default `False`) goes to the tokenizer's
-        call. num_frozen_tokens (`int`):
+            Passed to `AutoTokenizer.from_pretrained`; `add_special_tokens` (default `False`) goes to its call.
+        num_frozen_tokens (`int`):
             Leading virtual tokens that keep their initial value, default 0. One or more keep an attention sink intact.
         prefix_is_initialized (`bool`):
             Set in the `adapter_config.json` of a saved adapter: the weights are in the file beside it, so the

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
-from peft.utils import _get_submodules
+from peft.utils import ModulesToSaveWrapper, _get_submodules
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -71,13 +71,16 @@ class PrefixPlusModel(BaseTuner):
 
         Whatever can go wrong does so while the plan is made, before the model is touched.
         """
-        config, self._plan = plan_injection(self.peft_config[adapter_name], model)
-        self.peft_config[adapter_name] = config
+        config = self.peft_config[adapter_name]
+        resolved, plan = plan_injection(config, model)
+        # In the object itself, as every PEFT method does: PEFT's task classes go on working with it.
+        config.target_modules, config.num_virtual_tokens = resolved.target_modules, resolved.num_virtual_tokens
+        self._plan = plan
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        for name in self._plan.position_tables:
-            self._shift_positions(model, name, adapter_name, max(self._plan.lengths.values()))
+        del self._plan
+        for name in plan.position_tables:
+            self._shift_positions(model, name, adapter_name, max(plan.lengths.values()))
         align_positions(model)
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         return peft_config
@@ -122,6 +125,7 @@ class PrefixPlusModel(BaseTuner):
             table = ShiftedPositionEmbedding(table)
             self._replace_module(parent, table_name, table, table.base_layer)
         table.update_layer(adapter_name, num_virtual_tokens)
+        table.set_adapter(self.active_adapters)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT would also copy the weight and bias that its own targets, linear maps, have.
@@ -307,17 +311,25 @@ def _find_checkpoint_problem(model: PreTrainedModel, adapter_name: str, state_di
 
 
 def _discard_uninitialized_adapter(model: PreTrainedModel, adapter_name: str) -> None:
-    """Take an adapter that never got its weights out of a model, and the layers that are left without one."""
+    """Take an adapter that never got its weights out of a model, and the wrappers that are left without one."""
+    layers = [module for module in model.modules() if isinstance(module, PrefixPlusLayer)]
+    encoders = [layer.prefix_plus_encoder[adapter_name] for layer in layers if adapter_name in layer.list_adapters()]
+    if any(encoder.initialized for encoder in encoders):
+        return
     for name, module in list(model.named_modules()):
-        if not isinstance(module, PrefixPlusLayerBase) or adapter_name not in module.list_adapters():
-            continue
-        encoders = getattr(module, "prefix_plus_encoder", {})
-        if adapter_name in encoders and encoders[adapter_name].initialized:
-            return
-        module.delete_adapter(adapter_name)
-        if not module.list_adapters():
+        bare: nn.Module | None = None
+        if isinstance(module, PrefixPlusLayerBase) and adapter_name in module.list_adapters():
+            module.delete_adapter(adapter_name)
+            bare = None if module.list_adapters() else module.unload_and_optionally_merge_module(merge=False)
+        elif isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
+            module.delete_adapter(adapter_name, new_active_adapters=None)
+            bare = None if len(module.modules_to_save) else module.original_module
+        if bare is not None:
             parent, _, child_name = _get_submodules(model, name)
-            setattr(parent, child_name, module.unload_and_optionally_merge_module(merge=False))
+            setattr(parent, child_name, bare)
     model.peft_config.pop(adapter_name, None)
     if not model.peft_config:
-        stop_aligning_positions(model.get_base_model() if isinstance(model, PeftModel) else model)
+        stop_aligning_positions(model)
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                vars(module).pop("peft_config", None)

@@ -50,7 +50,7 @@ class ShiftedPositionEmbedding(PrefixPlusLayerBase):
         if not torch.compiler.is_compiling() and int(shifted.max()) >= limit:
             raise ValueError(
                 f"The input reaches position {int(position_ids.max())} and the prefix takes {shift} positions, but "
-                f"the model has learned only {limit}. Shorten the input to {limit - shift} tokens, or the prefix."
+                f"the model has learned only {limit}. Shorten the prefix, or the input to at most {limit - shift}."
             )
         return shifted
 
@@ -92,8 +92,9 @@ def align_positions(model: nn.Module) -> None:
 
 
 def stop_aligning_positions(model: nn.Module) -> None:
-    """Remove what [`align_positions`] installed."""
-    for key, hook in list(model._forward_pre_hooks.items()):
-        if isinstance(hook, PositionAligner):
-            del model._forward_pre_hooks[key]
-            model._forward_pre_hooks_with_kwargs.pop(key, None)
+    """Remove what [`align_positions`] installed, from the model or from what it wraps."""
+    for module in model.modules():
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(hook, PositionAligner):
+                del module._forward_pre_hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)

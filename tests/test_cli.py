@@ -130,6 +130,12 @@ def test_bad_input_gives_one_line_and_status_1(train, capsys, words, part):
     assert not directory.exists()
 
 
+def test_processes_that_do_not_know_of_each_other_are_refused(train, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    train(status=1)
+    assert "2 processes were launched" in capsys.readouterr().err
+
+
 def test_unknown_yaml_options_are_named(train, tmp_path, capsys):
     path = tmp_path / "options.yaml"
     path.write_text("projektion: none\n")

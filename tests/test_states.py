@@ -52,7 +52,9 @@ def test_every_row_is_the_concatenation_of_its_parts(shapes):
     if all(state.mask is None for state in states):
         assert whole.mask is None
         return
-    visible = [torch.ones(1, state.num_virtual_tokens).bool() if state.mask is None else state.mask for state in states]
+    visible = [
+        torch.ones(1, state.num_virtual_tokens).bool() if state.mask is None else state.mask for state in states
+    ]
     assert whole.mask.dtype == torch.bool
     for i in range(whole.mask.shape[0]):
         assert torch.equal(whole.mask[i], torch.cat([row(mask, i) for mask in visible]))

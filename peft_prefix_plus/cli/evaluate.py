@@ -1,6 +1,7 @@
 """`prefix-plus evaluate`: what an adapter changes, in figures."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -34,8 +35,10 @@ def load_adapter(adapter: str, model_name: str | None, dtype: str) -> tuple[Peft
     """Load an adapter onto its base model, or onto another one of the same shape.
 
     Raises:
-        ValueError: if neither the caller nor the adapter names the base model.
+        ValueError: if there is no such adapter, or neither the caller nor the adapter names the base model.
     """
+    if not os.path.isdir(adapter) and adapter.count("/") != 1:
+        raise ValueError(f"There is no directory {adapter!r}, and it is not an id of the hub, `owner/name`, either.")
     name = model_name or PeftConfig.from_pretrained(adapter).base_model_name_or_path
     if not name:
         raise ValueError(f"The adapter {adapter!r} does not say what its base model is; use --model_name_or_path.")

@@ -1,5 +1,6 @@
 """`prefix-plus train`: a prefix for your data, without a script."""
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -76,6 +77,7 @@ def run(words: Sequence[str]) -> None:
         raise ValueError("Name the data to train on with --train_file.")
     if training_arguments.output_dir is None:
         raise ValueError("Name a directory for the adapter with --output_dir.")
+    _check_processes(training_arguments)
     set_seed(training_arguments.seed)
     config = build_config(prefix_arguments, task_type="CAUSAL_LM")
     model, tokenizer = _load(model_arguments)
@@ -95,6 +97,16 @@ def run(words: Sequence[str]) -> None:
         trainer.save_metrics("eval", metrics)
         trainer.log_metrics("eval", metrics)
     print(f"saved the adapter to {training_arguments.output_dir}")
+
+
+def _check_processes(arguments: TrainingArguments) -> None:
+    """Processes that a launcher started, but that do not know of each other, would each train an adapter of its own."""
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if arguments.world_size != launched:
+        raise ValueError(
+            f"{launched} processes were launched, but each would train on its own. On a machine without GPUs, add "
+            "--use_cpu; on one with GPUs, launch as many processes as there are GPUs."
+        )
 
 
 def _load(arguments: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -1,7 +1,5 @@
 """What every parameterisation of a prefix has in common: an anchor, a scale, and a trained difference."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -35,7 +33,7 @@ class PrefixEncoder(nn.Module):
         self.geometry = geometry
         self.num_virtual_tokens = num_virtual_tokens
         self.num_trained_tokens = num_virtual_tokens - num_frozen_tokens
-        self.initialized = False
+        self._was_initialized = False
         heads, device = geometry.num_key_value_heads, geometry.device
         # Until `initialize` or a checkpoint fills them the buffers are NaN: forgotten, they cannot pass for a prefix.
         for name, dim in (("keys", geometry.key_dim), ("values", geometry.value_dim)):
@@ -55,14 +53,20 @@ class PrefixEncoder(nn.Module):
             self.anchor_values.copy_(anchor.values[0, :, : self.num_virtual_tokens])
             self.scale_keys.copy_(scale.keys[0])
             self.scale_values.copy_(scale.values[0])
-        self.initialized = True
+
+    @property
+    def initialized(self) -> bool:
+        """Whether the frozen part has been filled, by [`initialize`] or from a checkpoint."""
+        return not bool(torch.isnan(self.anchor_keys).any())
 
     def compute_delta(self) -> tuple[Tensor, Tensor]:
         """Return the trained differences `[kv_heads, num_trained_tokens, key_dim]` and `[..., value_dim]`."""
         raise NotImplementedError
 
     def forward(self) -> PrefixStates:
-        if not self.initialized:
+        # Looked up until it is true, and never again.
+        self._was_initialized = self._was_initialized or self.initialized
+        if not self._was_initialized:
             raise RuntimeError(
                 "This prefix has no values yet: its configuration was loaded from a saved adapter "
                 "(`prefix_is_initialized=True`), but no weights followed. Load the adapter with "
@@ -79,11 +83,6 @@ class PrefixEncoder(nn.Module):
         if num_frozen:
             delta = nn.functional.pad(delta, (0, 0, num_frozen, 0))
         return anchor + scale * delta
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        if f"{prefix}anchor_keys" in state_dict:
-            self.initialized = True
 
     def extra_repr(self) -> str:
         geometry = self.geometry

@@ -8,9 +8,10 @@ from .base import PrefixEncoder
 
 
 class LinearPrefix(PrefixEncoder):
-    """The delta is `W e_p + b` for a trained embedding `e_p` of every virtual token.
+    """The delta is `(W e_p + b) / sqrt(projection_dim)` for a trained embedding `e_p` of every virtual token.
 
-    `W` and `b` start at zero, so the delta does; the embedding starts at random, so gradients reach `W` at once.
+    `W` and `b` start at zero, so the delta does; the embedding starts at random, so gradients reach `W` at once. The
+    division keeps a step of Adam about as large for every width, so a learning rate carries over.
 
     Args:
         geometry, num_virtual_tokens, num_frozen_tokens: see [`PrefixEncoder`].
@@ -33,6 +34,7 @@ class LinearPrefix(PrefixEncoder):
 
     def compute_delta(self) -> tuple[Tensor, Tensor]:
         projected = nn.functional.linear(self.compute_features(), self.output_weight, self.output_bias)
+        projected = projected / self.embedding.shape[-1] ** 0.5
         heads, key_dim, value_dim = (
             self.geometry.num_key_value_heads,
             self.geometry.key_dim,
@@ -49,7 +51,7 @@ class LinearPrefix(PrefixEncoder):
 
 
 class MLPPrefix(LinearPrefix):
-    """The delta is `W tanh(U e_p + c) + b`: the reparameterisation of Li & Liang (2021), one per layer.
+    """The delta is `(W tanh(U e_p + c) + b) / sqrt(projection_dim)`: the network of Li & Liang (2021), per layer.
 
     Args:
         geometry, num_virtual_tokens, num_frozen_tokens, projection_dim: see [`LinearPrefix`].

