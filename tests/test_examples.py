@@ -71,9 +71,9 @@ def test_a_bad_row_is_named(tmp_path, tokenizer, rows, parts):
 
 
 def test_a_missing_file_and_a_template_without_source_are_named(tmp_path, tokenizer):
-    with pytest.raises(ValueError, match=r"There is no file"):
+    with pytest.raises(ValueError, match="There is no file"):
         load_examples(str(tmp_path / "nothing.jsonl"), tokenizer)
-    with pytest.raises(ValueError, match="must contain '{source}'"):
+    with pytest.raises(ValueError, match=r"must contain '\{source\}'"):
         load_examples(str(tmp_path / "nothing.jsonl"), tokenizer, prompt_template="x")
 
 
@@ -98,7 +98,8 @@ def test_every_reference_is_an_input_and_plain_text_starts_a_sequence(tokenizer)
 
 
 def test_a_long_prompt_loses_its_start_and_never_all_of_itself(tokenizer):
-    long, longer = tokenize_examples([Example("abcdef", ("xyz",)), Example("ab", ("uvwxyz",))], tokenizer, max_length=6)
+    examples = [Example("abcdef", ("xyz",)), Example("ab", ("uvwxyz",))]
+    long, longer = tokenize_examples(examples, tokenizer, max_length=6)
     assert tokenizer.decode(long["input_ids"]) == "efxyz</s>"
     assert tokenizer.decode(longer["input_ids"]) == "buvwxy"
     assert long["labels"].count(IGNORED_LABEL) == 2

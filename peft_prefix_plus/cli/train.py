@@ -77,7 +77,7 @@ def run(words: Sequence[str]) -> None:
         raise ValueError("Name the data to train on with --train_file.")
     if training_arguments.output_dir is None:
         raise ValueError("Name a directory for the adapter with --output_dir.")
-    _check_processes(training_arguments)
+    check_processes(training_arguments)
     set_seed(training_arguments.seed)
     config = build_config(prefix_arguments, task_type="CAUSAL_LM")
     model, tokenizer = _load(model_arguments)
@@ -99,8 +99,8 @@ def run(words: Sequence[str]) -> None:
     print(f"saved the adapter to {training_arguments.output_dir}")
 
 
-def _check_processes(arguments: TrainingArguments) -> None:
-    """Processes that a launcher started, but that do not know of each other, would each train an adapter of its own."""
+def check_processes(arguments: TrainingArguments) -> None:
+    """Refuse processes that were launched together, but that would each train an adapter of its own."""
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if arguments.world_size != launched:
         raise ValueError(
