@@ -123,7 +123,7 @@ def route_config(config: PreTrainedConfig) -> PreTrainedConfig:
 def original_config(module: nn.Module) -> PreTrainedConfig:
     """Return the config that an attention module shares with its model, routed or not."""
     config: PreTrainedConfig = module.config
-    while config._attn_implementation == ROUTE_NAME:
+    while hasattr(config, "prefix_plus_original"):
         config = config.prefix_plus_original
     return config
 
@@ -177,6 +177,10 @@ def prefix_attention_forward(
         raise RuntimeError(
             f"{type(module).__name__} was called past its PrefixPlus layer, so its prefix would be ignored. Call the "
             "layer that replaced it, or remove the adapter with `model.unload()`."
+        )
+    if kwargs.get("cache") is not None:
+        raise ValueError(
+            "Continuous batching (`generate_batch`, a paged cache) is not supported by PrefixPlus yet; use `generate`."
         )
     delivery.consumed = True
     prefix = match_prefix(delivery.states, key, value)
@@ -274,12 +278,10 @@ def extend_mask(mask: Tensor | None, prefix: PrefixStates, num_tokens: int, dtyp
             return None
         mask = torch.zeros(1, 1, 1, num_tokens, dtype=dtype, device=prefix.keys.device)
     visible, hidden = (True, False) if mask.dtype == torch.bool else (0.0, torch.finfo(mask.dtype).min)
-    if prefix.mask is None:
-        columns = mask.new_full((*mask.shape[:-1], prefix.num_virtual_tokens), visible)
-        return torch.cat([columns, mask], dim=-1)
-    batch = max(mask.shape[0], prefix.mask.shape[0])
-    columns = torch.where(prefix.mask, visible, hidden).to(mask.dtype)[:, None, None, :]
-    columns = columns.expand(batch, *mask.shape[1:-1], -1)
+    batch = mask.shape[0] if prefix.mask is None else max(mask.shape[0], prefix.mask.shape[0])
+    columns = mask.new_full((batch, *mask.shape[1:-1], prefix.num_virtual_tokens), visible)
+    if prefix.mask is not None:
+        columns = columns.masked_fill(~prefix.mask[:, None, None, :], hidden)
     return torch.cat([columns, mask.expand(batch, *mask.shape[1:])], dim=-1)
 
 

@@ -23,8 +23,8 @@ def capture_prefix_states(model: PreTrainedModel, input_ids: Tensor | list[int])
     negative: there the tokens stand at `0, ..., P - 1`, and the input has to be shifted by `P`.
 
     Args:
-        model (`PreTrainedModel`): a decoder of transformers, with or without adapters; adapters are left out.
-        input_ids (`torch.Tensor` or `list[int]`): `P` token ids.
+        model (`PreTrainedModel`): a decoder of transformers, with or without prefixes, which are left out.
+        input_ids (`torch.Tensor` or `list[int]`): `P` token ids of one text, `[P]` or `[1, P]`.
 
     Returns:
         `dict[str, PrefixStates]`: per attention module of the bare model; keys and values `[1, kv_heads, P, dim]` in
@@ -43,8 +43,9 @@ def capture_prefix_states(model: PreTrainedModel, input_ids: Tensor | list[int])
             "The base model's weights are on the meta device, so no keys and values can be computed. Load the weights "
             "first, or load a saved adapter with `PeftModel.from_pretrained`."
         )
-    ids = torch.as_tensor(input_ids, dtype=torch.long, device=device).reshape(1, -1)
+    ids = torch.as_tensor(input_ids, device=device)
     _check_token_ids(model, ids)
+    ids = ids.reshape(1, -1)
     positions = _choose_positions(model, ids.shape[1]).to(device)
     modules = find_attention_modules(model)
     with torch.no_grad(), _bare_evaluation(model), record_states(list(modules.values())) as recording:
@@ -55,6 +56,11 @@ def capture_prefix_states(model: PreTrainedModel, input_ids: Tensor | list[int])
 def _check_token_ids(model: PreTrainedModel, ids: Tensor) -> None:
     if ids.numel() == 0:
         raise ValueError("There are no tokens to capture; give at least one token id.")
+    if ids.is_floating_point() or ids.dim() == 0 or ids.numel() != ids.shape[-1]:
+        raise ValueError(
+            f"`input_ids` must be the token ids of one text, `[tokens]` or `[1, tokens]`, got {ids.dtype} of shape "
+            f"{tuple(ids.shape)}."
+        )
     num_embeddings = model.get_input_embeddings().weight.shape[0]
     if int(ids.min()) < 0 or int(ids.max()) >= num_embeddings:
         wrong = ids[(ids < 0) | (ids >= num_embeddings)].tolist()

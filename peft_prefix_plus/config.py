@@ -130,6 +130,7 @@ class PrefixPlusConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._resolved_target_modules: list[str] | str | None = None
         self.peft_type = PREFIX_PLUS
         if isinstance(self.target_modules, set):
             self.target_modules = sorted(self.target_modules)
@@ -158,6 +159,8 @@ class PrefixPlusConfig(PeftConfig):
         _check_integer("projection_dim", self.projection_dim, minimum=1)
         _check_integer("num_frozen_tokens", self.num_frozen_tokens, minimum=0)
         _check_integer("prefix_init_seed", self.prefix_init_seed, minimum=0)
+        if not isinstance(self.prefix_is_initialized, bool):
+            raise ValueError(f"`prefix_is_initialized` must be true or false, got {self.prefix_is_initialized!r}.")
         probability = self.prefix_dropout
         if isinstance(probability, bool) or not isinstance(probability, int | float) or not 0.0 <= probability < 1.0:
             raise ValueError(f"`prefix_dropout` must be a probability of at least 0 and below 1, got {probability!r}.")
@@ -219,6 +222,8 @@ class PrefixPlusConfig(PeftConfig):
                 raise ValueError(f"`prefix_init={implied!r}` needs `{name}`.")
         if self.prefix_init_text is not None and not isinstance(self.prefix_init_text, str):
             raise ValueError(f"`prefix_init_text` must be a string, got {self.prefix_init_text!r}.")
+        if self.tokenizer_kwargs is not None and not isinstance(self.tokenizer_kwargs, dict):
+            raise ValueError(f"`tokenizer_kwargs` must be a dict of keyword arguments, got {self.tokenizer_kwargs!r}.")
         if self.prefix_init_token_ids is not None:
             ids = self.prefix_init_token_ids
             if not isinstance(ids, list) or not ids:
@@ -242,9 +247,19 @@ class PrefixPlusConfig(PeftConfig):
                 return length
         return DEFAULT_NUM_VIRTUAL_TOKENS if self.num_virtual_tokens is None else self.num_virtual_tokens
 
+    def remember_resolved(self, resolved: "PrefixPlusConfig") -> None:
+        """Take over what an injection has found out, so that a saved adapter is injected in the same way.
+
+        The length becomes visible in `num_virtual_tokens`. `target_modules` stays as the user wrote it, so that the
+        same object can serve another architecture; what it meant here is written by [`save_pretrained`].
+        """
+        self.num_virtual_tokens = resolved.num_virtual_tokens
+        self._resolved_target_modules = resolved.target_modules
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write `adapter_config.json`; see `PeftConfig.save_pretrained`."""
-        saved = dataclasses.replace(self, prefix_is_initialized=True)
+        targets = self._resolved_target_modules if self.target_modules is None else self.target_modules
+        saved = dataclasses.replace(self, prefix_is_initialized=True, target_modules=targets)
         super(PrefixPlusConfig, saved).save_pretrained(save_directory, **kwargs)
 
     @classmethod
@@ -268,9 +283,9 @@ class PrefixPlusConfig(PeftConfig):
         """Read a configuration file; see `PeftConfig.from_json_file`."""
         try:
             attributes = super().from_json_file(path_json_file, **kwargs)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
             raise ValueError(
-                f"{path_json_file} is not valid JSON ({error}). Download or copy the adapter once more."
+                f"{path_json_file} does not hold a JSON object ({error}). Download or copy the adapter once more."
             ) from error
         if not isinstance(attributes, dict):
             raise ValueError(f"{path_json_file} must hold a JSON object, found {type(attributes).__name__}.")

@@ -21,7 +21,18 @@ ORDER = [
         "positions",
         "capture",
     ),
-    *("initialization", "folding", "model", "registration", "examples", "metrics", "evaluation", "base_models"),
+    *(
+        "initialization",
+        "folding",
+        "injection",
+        "checkpoints",
+        "model",
+        "registration",
+        "examples",
+        "metrics",
+        "evaluation",
+        "base_models",
+    ),
     *("plotting", "report", "cli"),
 ]
 FILES = {str(path.relative_to(ROOT)): path for path in sorted(ROOT.rglob("*.py"))}
@@ -32,7 +43,7 @@ LITERAL_GETATTR = {
     # The rule of `sdpa_attention_forward`, repeated for each call, where a lookup in geometry.py would be a detour.
     ("attention.py", "is_causal"),
     # The check that a model comes from transformers at all, before geometry.py may look at it.
-    ("model.py", "config"),
+    ("injection.py", "config"),
 }
 
 

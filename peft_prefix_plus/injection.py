@@ -1,0 +1,132 @@
+"""Everything that is decided about an adapter before the first module of a model is replaced."""
+
+import dataclasses
+
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.error import NoMatchingPeftModuleError
+from torch import nn
+from transformers import PreTrainedModel
+
+from .attention import check_attention_implementation, original_config
+from .config import PrefixPlusConfig
+from .geometry import AttentionGeometry, find_attention_modules, find_position_tables, read_geometry
+from .initialization import InitialStates, build_initial_states, resolve_init_token_ids, resolve_prefix_length
+
+
+@dataclasses.dataclass
+class InjectionPlan:
+    """What an injection will do.
+
+    Attributes:
+        config ([`PrefixPlusConfig`]): a copy of the user's, with `target_modules` and `num_virtual_tokens` resolved.
+        lengths (`dict[str, int]`): prefix length of every targeted module, by its name in the base model.
+        geometries (`dict[str, AttentionGeometry]`): of the same modules.
+        initial_states (`dict[str, InitialStates]`): of the same modules; empty if a checkpoint will bring them.
+        position_tables (`list[str]`): tables of learned positions behind which the input moves.
+    """
+
+    config: PrefixPlusConfig
+    lengths: dict[str, int]
+    geometries: dict[str, AttentionGeometry]
+    initial_states: dict[str, InitialStates]
+    position_tables: list[str]
+
+
+def plan_injection(config: PrefixPlusConfig, model: PreTrainedModel) -> InjectionPlan:
+    """Resolve a configuration against a model, and compute the initial prefix.
+
+    Args:
+        config ([`PrefixPlusConfig`]): the user's; left as it is.
+        model (`PreTrainedModel`): the base model, with or without other adapters; left as it is.
+
+    Returns:
+        [`InjectionPlan`]
+
+    Raises:
+        ValueError: if anything does not fit.
+    """
+    _check_architecture(model)
+    modules = find_attention_modules(model)
+    if not modules:
+        raise ValueError(
+            f"{type(model).__name__} has no attention module that PrefixPlus supports: none calls the attention "
+            "interface of transformers. Supported are models whose self-attention goes through "
+            "`ALL_ATTENTION_FUNCTIONS`, such as Llama, Qwen, Mistral, Gemma, Phi, GPT-NeoX, GPT-2 and OPT."
+        )
+    if config.target_modules is None:
+        config = dataclasses.replace(config, target_modules=_name_targets(model, modules))
+    init_token_ids = None if config.prefix_is_initialized else resolve_init_token_ids(config, model)
+    config = dataclasses.replace(config, num_virtual_tokens=resolve_prefix_length(config, init_token_ids))
+    lengths = _resolve_lengths(config, model, modules)
+    for name in lengths:
+        check_attention_implementation(original_config(modules[name])._attn_implementation)
+        config.check_frozen_tokens(lengths[name])
+    geometries = {name: read_geometry(modules[name]) for name in lengths}
+    initial_states: dict[str, InitialStates] = {}
+    if not config.prefix_is_initialized:
+        initial_states = build_initial_states(config, model, lengths, init_token_ids)
+        _check_geometries(geometries, initial_states)
+    tables = list(find_position_tables(model)) if config.initializes_from_tokens else []
+    return InjectionPlan(config, lengths, geometries, initial_states, tables)
+
+
+def _check_architecture(model: PreTrainedModel) -> None:
+    model_config = getattr(model, "config", None)
+    if model_config is None or not hasattr(model_config, "_attn_implementation"):
+        raise ValueError(
+            f"PrefixPlus needs a model of transformers, got {type(model).__name__} without a transformers config."
+        )
+    if model_config.is_encoder_decoder:
+        raise ValueError(
+            f"{type(model).__name__} is an encoder-decoder model, which PrefixPlus does not support yet; supported "
+            "are decoders and encoders on their own."
+        )
+
+
+def _name_targets(model: PreTrainedModel, modules: dict[str, nn.Module]) -> list[str]:
+    """Name all attention modules by their last names if those match nothing else, otherwise in full."""
+    endings = {name.rpartition(".")[2] for name in modules}
+    matched = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in endings}
+    return (
+        sorted(endings) if {name.replace(".base_layer", "") for name in matched} == set(modules) else sorted(modules)
+    )
+
+
+def _resolve_lengths(
+    config: PrefixPlusConfig, model: PreTrainedModel, modules: dict[str, nn.Module]
+) -> dict[str, int]:
+    """Prefix length of every targeted module that gets a prefix."""
+    targeted = [name for name, _ in model.named_modules() if ".base_layer" not in name]
+    targeted = [name for name in targeted if name and check_target_module_exists(config, name)]
+    others = [name for name in targeted if name not in modules]
+    if others:
+        raise ValueError(
+            f"`target_modules` {config.target_modules!r} matches {others[:3]}, which cannot carry a prefix. Prefixes "
+            f"go on attention modules, here: {_abbreviate(modules)}."
+        )
+    lengths = {name: config.resolve_num_virtual_tokens(name) for name in targeted}
+    lengths = {name: length for name, length in lengths.items() if length}
+    if not lengths:
+        raise NoMatchingPeftModuleError(
+            f"No attention module gets a prefix: `target_modules` {config.target_modules!r}, `exclude_modules` "
+            f"{config.exclude_modules!r}, `layers_to_transform` {config.layers_to_transform!r} and "
+            f"`num_virtual_tokens_pattern` {config.num_virtual_tokens_pattern!r} leave none of {_abbreviate(modules)}."
+        )
+    return lengths
+
+
+def _abbreviate(modules: dict[str, nn.Module]) -> str:
+    names = list(modules)
+    return ", ".join(names) if len(names) <= 4 else f"{', '.join(names[:2])}, ..., {names[-1]}"
+
+
+def _check_geometries(geometries: dict[str, AttentionGeometry], states: dict[str, InitialStates]) -> None:
+    for name, geometry in geometries.items():
+        keys, values = states[name].anchor.keys, states[name].anchor.values
+        found = (keys.shape[1], keys.shape[-1], values.shape[-1])
+        expected = (geometry.num_key_value_heads, geometry.key_dim, geometry.value_dim)
+        if found != expected:
+            raise ValueError(
+                f"{name} was expected to use (kv_heads, key_dim, value_dim) = {expected}, but uses {found}. Its "
+                "architecture is not supported yet; exclude it with `exclude_modules`."
+            )
