@@ -8,10 +8,31 @@ import pytest
 import peft_prefix_plus
 
 ROOT = Path(peft_prefix_plus.__file__).parent
-ORDER = """
-    peft_type states geometry encoders dropout attention config layer positions capture initialization folding
-    injection checkpoints model registration examples metrics evaluation base_models plotting report cli
-""".split()
+ORDER = [
+    "peft_type",
+    "states",
+    "geometry",
+    "encoders",
+    "dropout",
+    "attention",
+    "config",
+    "layer",
+    "positions",
+    "capture",
+    "initialization",
+    "folding",
+    "injection",
+    "checkpoints",
+    "model",
+    "registration",
+    "examples",
+    "metrics",
+    "evaluation",
+    "base_models",
+    "plotting",
+    "report",
+    "cli",
+]
 FILES = {str(path.relative_to(ROOT)): path for path in sorted(ROOT.rglob("*.py"))}
 files = pytest.mark.parametrize("file", FILES)
 
