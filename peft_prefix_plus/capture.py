@@ -79,7 +79,7 @@ def _choose_positions(model: nn.Module, num_tokens: int) -> Tensor:
     if num_tokens >= limit:
         raise ValueError(
             f"The prefix has {num_tokens} tokens, but the model has learned only {limit} absolute positions, and the "
-            "input needs some too. Shorten the initialisation, or set a smaller `num_virtual_tokens`."
+            "input needs some too. Shorten the initialization, or set a smaller `num_virtual_tokens`."
         )
     return torch.arange(num_tokens)[None]
 

@@ -42,9 +42,9 @@ def load_examples(
     """Read examples from a file or from a data set of the Hugging Face Hub.
 
     Args:
-        path (`str`): a `.jsonl`, `.json` or `.csv` file, or the id of a data set.
+        path (`str`): a `.jsonl`, `.json` or `.csv` file, or the id or the directory of a data set for `datasets`.
         tokenizer (`PreTrainedTokenizerBase`): renders chat messages.
-        split (`str`): split of a data set of the hub.
+        split (`str`): split of such a data set.
         prompt_template (`str`): turns a `source` into a prompt.
         limit (`int`, *optional*): read only that many rows.
 
@@ -71,11 +71,11 @@ def load_examples(
 
 
 def read_rows(path: str, split: str = "train") -> Iterable[Mapping[str, Any]]:
-    """Yield the rows of a JSON lines or CSV file, or of a data set of the hub."""
-    if path.endswith((".jsonl", ".json", ".csv")) or os.path.exists(path):
-        if not os.path.isfile(path):
-            raise ValueError(f"There is no file {path!r}. Expected a .jsonl or .csv file, or the id of a data set.")
+    """Yield the rows of a JSON lines or CSV file, or of a data set that the library `datasets` loads."""
+    if os.path.isfile(path):
         return _read_csv(path) if path.endswith(".csv") else _read_json_lines(path)
+    if path.endswith((".jsonl", ".json", ".csv")):
+        raise ValueError(f"There is no file {path!r}. Expected a .jsonl or .csv file, or the id of a data set.")
     rows: Iterable[Mapping[str, Any]] = load_dataset(path, split=split)
     return rows
 

@@ -46,7 +46,7 @@ def resolve_init_token_ids(config: PrefixPlusConfig, model: PreTrainedModel) -> 
 
 
 def tokenize_init_text(config: PrefixPlusConfig, model: PreTrainedModel) -> list[int]:
-    """Tokenise `prefix_init_text`, without special tokens unless `tokenizer_kwargs` asks for them."""
+    """Tokenize `prefix_init_text`, without special tokens unless `tokenizer_kwargs` asks for them."""
     name = config.tokenizer_name_or_path or config.base_model_name_or_path or model.config.name_or_path
     remedy = "Set `tokenizer_name_or_path`, or give `prefix_init_token_ids` instead of `prefix_init_text`."
     if not name:
@@ -60,7 +60,7 @@ def tokenize_init_text(config: PrefixPlusConfig, model: PreTrainedModel) -> list
     token_ids: list[int] = tokenizer(config.prefix_init_text, add_special_tokens=add_special_tokens)["input_ids"]
     if not token_ids:
         raise ValueError(
-            f"`prefix_init_text` is {config.prefix_init_text!r}, which {name!r} tokenises to nothing. Give a text "
+            f"`prefix_init_text` is {config.prefix_init_text!r}, which {name!r} tokenizes to nothing. Give a text "
             "with at least one token."
         )
     return token_ids
@@ -85,7 +85,7 @@ def fit_token_ids(token_ids: list[int], length: int) -> list[int]:
     """
     if len(token_ids) > length:
         warnings.warn(
-            f"The initialisation has {len(token_ids)} tokens, the prefix {length}: only the first {length} are used. "
+            f"The initialization has {len(token_ids)} tokens, the prefix {length}: only the first {length} are used. "
             f"Leave `num_virtual_tokens` out, or set it to {len(token_ids)}, to keep them all.",
             stacklevel=2,
         )

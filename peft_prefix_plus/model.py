@@ -38,7 +38,7 @@ class PrefixPlusModel(BaseTuner):
     ```py
     >>> import peft_prefix_plus
     >>> from peft import get_peft_model
-    >>> model = get_peft_model(base_model, PrefixPlusConfig(task_type="CAUSAL_LM", prefix_init_text="Summarise:"))
+    >>> model = get_peft_model(base_model, PrefixPlusConfig(task_type="CAUSAL_LM", prefix_init_text="Summarize:"))
     ```
     """
 

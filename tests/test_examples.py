@@ -43,6 +43,14 @@ def test_csv_equals_json_lines(tmp_path, tokenizer):
     assert load_examples(str(tmp_path / "rows.csv"), tokenizer) == expected
 
 
+def test_a_data_set_equals_its_rows_in_a_file(tmp_path, tokenizer):
+    rows = [{"source": f"s{i}", "references": [f"a{i}", f"b{i}"]} for i in range(3)]
+    directory = tmp_path / "data"
+    directory.mkdir()
+    path = write_rows(directory / "validation.jsonl", rows)
+    assert load_examples(str(directory), tokenizer, split="validation") == load_examples(path, tokenizer)
+
+
 def test_limit_and_template(tmp_path, tokenizer):
     path = write_rows(tmp_path / "rows.jsonl", [{"source": str(i), "references": ["x"]} for i in range(5)])
     examples = load_examples(path, tokenizer, prompt_template="<{source}>", limit=2)

@@ -23,8 +23,8 @@ from peft_prefix_plus.initialization import (
     sample_vocabulary,
 )
 
-WORDS = ["<unk>", "<s>", "summarise", "the", "text", "for", "a", "child"]
-TEXT, TEXT_IDS = "summarise the text", [2, 3, 4]
+WORDS = ["<unk>", "<s>", "summarize", "the", "text", "for", "a", "child"]
+TEXT, TEXT_IDS = "summarize the text", [2, 3, 4]
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ def test_long_text_is_truncated_with_a_warning(tokenizer_dir):
 @pytest.mark.parametrize("text", ["", "   ", "\n"], ids=repr)
 def test_text_without_tokens_raises(text, tokenizer_dir):
     config = PrefixPlusConfig(prefix_init_text=text, tokenizer_name_or_path=tokenizer_dir)
-    with pytest.raises(ValueError, match=r"tokenises to nothing.*at least one token") as raised:
+    with pytest.raises(ValueError, match=r"tokenizes to nothing.*at least one token") as raised:
         resolve_init_token_ids(config, build_model("llama"))
     assert repr(text) in str(raised.value) and tokenizer_dir in str(raised.value)
 
@@ -171,9 +171,9 @@ def test_random_states_have_the_scale_of_the_models_own():
     states, _ = build_states("random")
     for anchor, scale in states.values():
         for drawn, size in ((anchor.keys, scale.keys), (anchor.values, scale.values)):
-            normalised = drawn / size
-            assert abs(normalised.mean().item()) < 0.05
-            assert_close(normalised.square().mean(dim=(-1, -2)).sqrt(), torch.ones(1, 2), atol=0.06, rtol=0)
+            normalized = drawn / size
+            assert abs(normalized.mean().item()) < 0.05
+            assert_close(normalized.square().mean(dim=(-1, -2)).sqrt(), torch.ones(1, 2), atol=0.06, rtol=0)
 
 
 def test_random_states_depend_on_the_seed_and_the_layer():

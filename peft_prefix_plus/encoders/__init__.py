@@ -1,4 +1,4 @@
-"""How a prefix is parameterised: one strategy a file, all of them a [`PrefixEncoder`]."""
+"""How a prefix is parameterized: one strategy a file, all of them a [`PrefixEncoder`]."""
 
 from ..geometry import AttentionGeometry
 from .base import PrefixEncoder
@@ -25,7 +25,7 @@ def build_encoder(
         projection_dim (`int`): width of the projection; unused by `"none"`.
 
     Returns:
-        [`PrefixEncoder`]: not yet initialised, in float32, on the module's device.
+        [`PrefixEncoder`]: not yet initialized, in float32, on the module's device.
     """
     if projection == "none":
         return DirectPrefix(geometry, num_virtual_tokens, num_frozen_tokens)

@@ -30,7 +30,7 @@ def fold_encoder(encoder: PrefixEncoder) -> DirectPrefix:
     """Return a direct encoder with the same keys and values, bit for bit.
 
     Args:
-        encoder ([`PrefixEncoder`]): any initialised encoder; left as it is.
+        encoder ([`PrefixEncoder`]): any initialized encoder; left as it is.
 
     Returns:
         [`DirectPrefix`]: its anchor is the result, its delta zero; it trains if the encoder does.
