@@ -77,7 +77,12 @@ def generate_texts(
     Returns:
         `list[str]`: the continuations, in the order of the prompts, without special tokens.
     """
-    settings: dict[str, object] = {"max_new_tokens": 128, "do_sample": False, **generation_kwargs}
+    settings: dict[str, object] = {
+        "max_new_tokens": 128,
+        "do_sample": False,
+        "eos_token_id": _list_end_tokens(model, tokenizer),
+        **generation_kwargs,
+    }
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     start_id = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else [start_id] for prompt in prompts]
@@ -119,6 +124,13 @@ def evaluate_model(
     texts = generate_texts(model, tokenizer, prompts, batch_size, show_progress, **generation_kwargs)
     scores = compute_text_metrics(texts, [example.references for example in examples])
     return {"loss": loss, "perplexity": math.exp(loss), **scores}, texts
+
+
+def _list_end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end a text for the model, and the one that training puts behind every completion."""
+    own = model.generation_config.eos_token_id
+    listed = own if isinstance(own, list) else [own]
+    return sorted({token_id for token_id in (*listed, tokenizer.eos_token_id) if token_id is not None})
 
 
 def _pad(rows: Sequence[Sequence[int]], value: int, left: bool) -> Tensor:

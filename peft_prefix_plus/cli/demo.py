@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel, get_peft_model
-from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from ..base_models import WHEEL_MODEL, load_base_model, locate_tokenizer
 from ..config import PrefixPlusConfig
@@ -55,30 +55,8 @@ def run(words: Sequence[str]) -> None:
     _say(f"2/6 the base model on {len(test_examples)} held-out examples")
     before, before_texts = _evaluate(model, tokenizer, test_examples)
 
-    tokenizer_name, tokenizer_kwargs = locate_tokenizer(arguments.model_name_or_path)
-    config = PrefixPlusConfig(
-        task_type="CAUSAL_LM",
-        prefix_init_text=INIT_TEXT,
-        tokenizer_name_or_path=tokenizer_name,
-        tokenizer_kwargs=tokenizer_kwargs,
-    )
-    peft_model = get_peft_model(model, config)
-    config = peft_model.active_peft_config
     _say(f"3/6 training a prefix for {arguments.max_steps} steps")
-    peft_model.print_trainable_parameters()
-    trainer = build_trainer(
-        peft_model,
-        tokenizer,
-        TrainingArguments(
-            output_dir=str(output_dir / "checkpoints"),
-            max_steps=arguments.max_steps,
-            seed=arguments.seed,
-            save_strategy="no",
-            **(DEFAULTS | {"logging_steps": 5}),
-        ),
-        train_examples,
-    )
-    trainer.train()
+    peft_model, log_history = _train_prefix(arguments, model, tokenizer, train_examples)
 
     _say("4/6 the same examples with the prefix")
     after, after_texts = _evaluate(peft_model, tokenizer, test_examples)
@@ -88,22 +66,17 @@ def run(words: Sequence[str]) -> None:
     size = sum(path.stat().st_size for path in adapter_dir.glob("*.safetensors")) // 1024
 
     _say("5/6 loading the saved adapter into a fresh base model")
-    loaded_texts = _generate_with_saved_adapter(arguments, adapter_dir, test_examples[:4])
-    if loaded_texts != after_texts[:4]:
-        raise ValueError(f"The loaded adapter writes {loaded_texts}, the trained one {after_texts[:4]}.")
-    print("\n".join(loaded_texts))
+    print("\n".join(_generate_with_saved(arguments, adapter_dir, peft_model, tokenizer, test_examples[:4])))
 
     _say("6/6 writing the report")
     trainable, total = peft_model.get_nb_trainable_parameters()
     facts = {
         "Base model": f"{arguments.model_name_or_path}, {arguments.dtype}, {total - trainable:,} parameters",
-        "Prefix": f"{config.num_virtual_tokens} virtual tokens per layer, started from the text {INIT_TEXT!r}",
+        "Prefix": f"{peft_model.active_peft_config.num_virtual_tokens} virtual tokens per layer, from {INIT_TEXT!r}",
         "Trained": f"{trainable:,} parameters, {arguments.max_steps} steps",
         "Adapter": f"{size} KB in {adapter_dir}",
     }
-    _write_report(
-        output_dir, facts, (before, after), trainer.state.log_history, test_examples, before_texts, after_texts
-    )
+    _write_report(output_dir, facts, (before, after), log_history, test_examples, before_texts, after_texts)
     print(
         f"demo: loss {before['loss']:.3f} -> {after['loss']:.3f}, BLEU {before['bleu']:.1f} -> {after['bleu']:.1f}, "
         f"adapter {size} KB in {adapter_dir}"
@@ -114,18 +87,53 @@ def _say(text: str) -> None:
     print(f"\n== {text}", flush=True)
 
 
+def _train_prefix(
+    arguments: DemoArguments, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
+) -> tuple[PeftModel, list[dict[str, Any]]]:
+    """Train a prefix that starts from `INIT_TEXT`; returns the model and what was logged."""
+    tokenizer_name, tokenizer_kwargs = locate_tokenizer(arguments.model_name_or_path)
+    config = PrefixPlusConfig(
+        task_type="CAUSAL_LM",
+        prefix_init_text=INIT_TEXT,
+        tokenizer_name_or_path=tokenizer_name,
+        tokenizer_kwargs=tokenizer_kwargs,
+    )
+    peft_model = get_peft_model(model, config)
+    peft_model.print_trainable_parameters()
+    training_arguments = TrainingArguments(
+        output_dir=str(Path(arguments.output_dir) / "checkpoints"),
+        max_steps=arguments.max_steps,
+        seed=arguments.seed,
+        save_strategy="no",
+        **(DEFAULTS | {"logging_steps": 5}),
+    )
+    trainer = build_trainer(peft_model, tokenizer, training_arguments, examples)
+    trainer.train()
+    return peft_model, trainer.state.log_history
+
+
+def _generate_with_saved(
+    arguments: DemoArguments,
+    adapter_dir: Path,
+    trained: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+) -> list[str]:
+    """Load the adapter into a fresh base model, and make sure that it writes what the trained one writes."""
+    prompts = [example.prompt for example in examples]
+    expected = generate_texts(trained, tokenizer, prompts, max_new_tokens=64)
+    base, tokenizer = load_base_model(arguments.model_name_or_path, arguments.dtype)
+    loaded = PeftModel.from_pretrained(base, str(adapter_dir))
+    texts = generate_texts(loaded, tokenizer, prompts, max_new_tokens=64)
+    if texts != expected:
+        raise ValueError(f"The loaded adapter writes {texts}, the trained one {expected}.")
+    return texts
+
+
 def _evaluate(
     model: Any, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
 ) -> tuple[dict[str, float], list[str]]:
     return evaluate_model(model, tokenizer, examples, batch_size=16, show_progress=True, max_new_tokens=64)
-
-
-def _generate_with_saved_adapter(
-    arguments: DemoArguments, adapter_dir: Path, examples: Sequence[Example]
-) -> list[str]:
-    model, tokenizer = load_base_model(arguments.model_name_or_path, arguments.dtype)
-    peft_model = PeftModel.from_pretrained(model, str(adapter_dir))
-    return generate_texts(peft_model, tokenizer, [example.prompt for example in examples], max_new_tokens=64)
 
 
 def _write_report(
