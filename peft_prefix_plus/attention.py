@@ -171,6 +171,11 @@ def prefix_attention_forward(
     attend = resolve_attention_function(module, implementation)
     recording, delivery = _channel.recording, _channel.delivery
     if recording is not None:
+        if module in recording:
+            raise ValueError(
+                f"{type(module).__name__} attends more than once in one forward of the model, which PrefixPlus does "
+                "not support yet. Exclude it with `exclude_modules`."
+            )
         recording[module] = PrefixStates(key.detach(), value.detach())
         return attend(module, query, key, value, attention_mask, *args, **kwargs)
     if delivery is None or delivery.module is not module:

@@ -46,10 +46,10 @@ def capture_prefix_states(model: PreTrainedModel, input_ids: Tensor | list[int])
     ids = torch.as_tensor(input_ids, device=device)
     _check_token_ids(model, ids)
     ids = ids.reshape(1, -1)
-    positions = _choose_positions(model, ids.shape[1]).to(device)
+    positions = _choose_positions(model, ids)
     modules = find_attention_modules(model)
     with torch.no_grad(), _bare_evaluation(model), record_states(list(modules.values())) as recording:
-        model(input_ids=ids, position_ids=positions, use_cache=False)
+        model(input_ids=ids, **positions, use_cache=False)
     return {name: recording[module] for name, module in modules.items() if module in recording}
 
 
@@ -70,18 +70,19 @@ def _check_token_ids(model: PreTrainedModel, ids: Tensor) -> None:
         )
 
 
-def _choose_positions(model: nn.Module, num_tokens: int) -> Tensor:
-    """`[1, num_tokens]`: negative positions, or the first ones of a table of learned positions."""
+def _choose_positions(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
+    """Negative positions, or none where a table of learned positions starts by itself at its first row."""
+    num_tokens = ids.shape[1]
     tables = find_position_tables(model)
     if not tables:
-        return torch.arange(-num_tokens, 0)[None]
+        return {"position_ids": torch.arange(-num_tokens, 0, device=ids.device)[None]}
     limit = min(count_positions(table) for table in tables.values())
     if num_tokens >= limit:
         raise ValueError(
             f"The prefix has {num_tokens} tokens, but the model has learned only {limit} absolute positions, and the "
             "input needs some too. Shorten the initialization, or set a smaller `num_virtual_tokens`."
         )
-    return torch.arange(num_tokens)[None]
+    return {}
 
 
 @contextmanager

@@ -169,7 +169,12 @@ def uses_sectioned_rotary(model: PreTrainedModel) -> bool:
     return "mrope_section" in rope
 
 
+def find_first_position(table: nn.Embedding) -> int:
+    """The row that a text's first token takes: the RoBERTa family counts from behind the padding's row."""
+    return 0 if table.padding_idx is None else table.padding_idx + 1
+
+
 def count_positions(table: nn.Embedding) -> int:
     """How many positions a table holds, without the rows that some architectures reserve."""
     offset = getattr(table, "offset", 0)
-    return table.num_embeddings - (offset if isinstance(offset, int) else 0)
+    return table.num_embeddings - find_first_position(table) - (offset if isinstance(offset, int) else 0)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .geometry import count_positions, find_position_tables, uses_sectioned_rotary
+from .geometry import count_positions, find_first_position, find_position_tables, uses_sectioned_rotary
 from .layer import PrefixPlusLayer, PrefixPlusLayerBase
 
 
@@ -45,12 +45,13 @@ class ShiftedPositionEmbedding(PrefixPlusLayerBase):
         return output
 
     def _shift(self, position_ids: Tensor, shift: int) -> Tensor:
-        limit = count_positions(self.base_layer)  # type: ignore[arg-type]
+        table: nn.Embedding = self.base_layer  # type: ignore[assignment]
+        limit, first = count_positions(table), find_first_position(table)
         shifted = position_ids + shift
-        if not torch.compiler.is_compiling() and int(shifted.max()) >= limit:
+        if not torch.compiler.is_compiling() and int(shifted.max()) - first >= limit:
             raise ValueError(
-                f"The input reaches position {int(position_ids.max())} and the prefix takes {shift} positions, but "
-                f"the model has learned only {limit}. Shorten the prefix, or the input to at most {limit - shift}."
+                f"The input reaches position {int(position_ids.max()) - first} and the prefix takes {shift} "
+                f"positions, but the model has learned only {limit}. Shorten the prefix, or the input to at most {limit - shift}."
             )
         return shifted
 

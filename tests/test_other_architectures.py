@@ -1,12 +1,19 @@
-"""The laws for an encoder, whose tokens see each other in both directions."""
+"""Architectures beside those of the laws: encoders, encoders as decoders, and one that is refused."""
 
 import pytest
 import torch
 from helpers import draw_tokens, named_prefix_parameters, pad_rows, perturb
 from peft import PeftModel, get_peft_model
-from tiny_models import VOCAB_SIZE
+from tiny_models import MAX_POSITIONS, VOCAB_SIZE
 from torch.testing import assert_close
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    DiffLlamaConfig,
+    DiffLlamaForCausalLM,
+    RobertaConfig,
+    RobertaForCausalLM,
+)
 
 from peft_prefix_plus import PrefixPlusConfig
 
@@ -90,3 +97,38 @@ def test_the_tokens_of_the_prefix_are_seen_from_every_position():
     peft_model = add_prefix(build_encoder_model())
     changed = (peft_model.base_model.model.bert(ids).last_hidden_state - base).abs().amax(-1)
     assert bool((changed > 1e-3).all())
+
+
+def test_an_encoder_as_a_decoder_starts_exactly_behind_its_reserved_positions():
+    # The RoBERTa family counts positions from behind the row of the padding.
+    torch.manual_seed(0)
+    config = RobertaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+        is_decoder=True,
+    )
+    model, ids, init = RobertaForCausalLM(config).eval(), draw_tokens(), [4, 5, 6]
+    expected = model(torch.cat([torch.tensor(init).expand(2, -1), ids], dim=1)).logits[:, 3:]
+    config = PrefixPlusConfig(task_type="CAUSAL_LM", prefix_init_token_ids=init)
+    peft_model = get_peft_model(model, config).eval()
+    assert_close(peft_model(ids).logits, expected, atol=2e-5, rtol=2e-4)
+    fits = MAX_POSITIONS - config.num_virtual_tokens - (model.config.pad_token_id + 1)
+    peft_model(draw_tokens(1, fits))
+    with pytest.raises(ValueError, match=f"the input to at most {fits}"):
+        peft_model(draw_tokens(1, fits + 1))
+
+
+def test_a_module_that_attends_twice_is_refused():
+    config = DiffLlamaConfig(
+        vocab_size=VOCAB_SIZE, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+    )
+    model, ids = DiffLlamaForCausalLM(config).eval(), draw_tokens()
+    expected = model(ids).logits
+    with pytest.raises(ValueError, match="more than once"):
+        get_peft_model(model, PrefixPlusConfig(task_type="CAUSAL_LM"))
+    assert torch.equal(model(ids).logits, expected)
