@@ -50,9 +50,8 @@ class ShiftedPositionEmbedding(PrefixPlusLayerBase):
         shifted = position_ids + shift
         if not torch.compiler.is_compiling() and int(shifted.max()) - first >= limit:
             raise ValueError(
-                f"The input reaches position {int(position_ids.max()) - first}, the prefix takes {shift} positions, and "
-                f"the model has learned only {limit}. "
-                f"Shorten the prefix, or the input to at most {limit - shift}."
+                f"The input reaches position {int(position_ids.max()) - first}, the prefix takes {shift} positions, "
+                f"and the model has learned only {limit}. Shorten the prefix, or the input to at most {limit - shift}."
             )
         return shifted
 
