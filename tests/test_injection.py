@@ -1,0 +1,128 @@
+"""Which modules get a prefix, and what is refused before a model is touched."""
+
+import pytest
+import torch
+import transformers
+from helpers import INIT_TOKEN_IDS, Snapshot, add_prefix, list_lengths, named_prefix_parameters, perturb, run
+from peft import PeftModel, get_peft_model
+from peft.utils.error import NoMatchingPeftModuleError
+from tiny_models import VOCAB_SIZE, build_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from peft_prefix_plus import PrefixPlusConfig
+
+P = len(INIT_TOKEN_IDS)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, {0: P, 1: P, 2: P, 3: P}),
+        ({"target_modules": ["self_attn"]}, {0: P, 1: P, 2: P, 3: P}),
+        ({"target_modules": ["layers.1.self_attn", "model.layers.3.self_attn"]}, {1: P, 3: P}),
+        ({"target_modules": r".*\.[02]\.self_attn"}, {0: P, 2: P}),
+        ({"exclude_modules": ["layers.0.self_attn"]}, {1: P, 2: P, 3: P}),
+        ({"exclude_modules": r"model\.layers\.[^3]\..*"}, {3: P}),
+        ({"layers_to_transform": [1, 2]}, {1: P, 2: P}),
+        ({"layers_to_transform": 3}, {3: P}),
+        ({"layers_to_transform": [0], "layers_pattern": "layers"}, {0: P}),
+        ({"layers_to_transform": [0, 1], "exclude_modules": ["layers.0.self_attn"]}, {1: P}),
+        ({"num_virtual_tokens_pattern": {"0.self_attn": 2, "3.self_attn": 0}}, {0: 2, 1: P, 2: P}),
+        ({"num_virtual_tokens_pattern": {r".*\.[0-2]\..*": 0}, "num_virtual_tokens": 7}, {3: 7}),
+    ],
+    ids=str,
+)
+def test_settings_select_the_layers(settings, expected):
+    base = build_model("llama", num_hidden_layers=4)
+    model = add_prefix(base, **settings)
+    assert list_lengths(model) == {f"model.layers.{i}.self_attn": length for i, length in expected.items()}
+    assert run(model).isfinite().all()
+    assert {name.split(".self_attn.")[0].split(".")[-1] for name in named_prefix_parameters(model)} == set(
+        map(str, expected)
+    )
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"layers_to_transform": [1]}, {"num_virtual_tokens_pattern": {"0.self_attn": 2}}, {"num_frozen_tokens": 2}],
+    ids=str,
+)
+def test_selection_survives_saving_and_loading(settings, tmp_path):
+    model = add_prefix(build_model("llama"), **settings)
+    perturb(model)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(build_model("llama"), tmp_path)
+    assert list_lengths(loaded) == list_lengths(model)
+    assert torch.equal(run(loaded), run(model))
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "fragments"),
+    [
+        ({"target_modules": ["q_proj"]}, ValueError, ["['q_proj']", "layers.0.self_attn.q_proj", "attention modules"]),
+        ({"target_modules": ["self_attn", "mlp"]}, ValueError, ["layers.0.mlp", "model.layers.0.self_attn"]),
+        ({"target_modules": "model"}, ValueError, ["'model'", "cannot carry a prefix"]),
+        ({"target_modules": ["nope"]}, NoMatchingPeftModuleError, ["['nope']", "model.layers.0.self_attn"]),
+        ({"target_modules": []}, NoMatchingPeftModuleError, ["[]", "model.layers.0.self_attn"]),
+        ({"exclude_modules": ["self_attn"]}, NoMatchingPeftModuleError, ["`exclude_modules` ['self_attn']"]),
+        ({"layers_to_transform": [7]}, NoMatchingPeftModuleError, ["`layers_to_transform` [7]"]),
+        ({"num_virtual_tokens_pattern": {".*": 0}}, NoMatchingPeftModuleError, ["{'.*': 0}"]),
+        ({"num_frozen_tokens": P}, ValueError, ["`num_frozen_tokens` is 5", "at most 4"]),
+        (
+            {"num_frozen_tokens": 2, "num_virtual_tokens_pattern": {"1.self_attn": 2}},
+            ValueError,
+            ["`num_frozen_tokens` is 2", "at most 1"],
+        ),
+        ({"prefix_init_token_ids": [VOCAB_SIZE]}, ValueError, [f"[{VOCAB_SIZE}]", f"{VOCAB_SIZE} token embeddings"]),
+    ],
+    ids=lambda value: str(value)[:60],
+)
+@pytest.mark.parametrize("training", [False, True])
+def test_what_does_not_fit_raises_and_leaves_the_model_alone(settings, error, fragments, training):
+    model = build_model("llama")
+    snapshot = Snapshot(model)
+    model.train(training)
+    with pytest.raises(error) as raised:
+        add_prefix(model, **settings)
+    for fragment in fragments:
+        assert fragment in str(raised.value)
+    assert model.training is training
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    snapshot.assert_unchanged(model.eval())
+
+
+def test_too_many_tokens_for_a_table_raise_and_leave_the_model_alone():
+    model = build_model("gpt2")
+    snapshot = Snapshot(model)
+    with pytest.raises(ValueError, match="only 64 absolute positions"):
+        add_prefix(model, prefix_init="vocab", num_virtual_tokens=64)
+    snapshot.assert_unchanged(model)
+
+
+def build_t5() -> PreTrainedModel:
+    sizes = {"d_model": 16, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": VOCAB_SIZE}
+    return transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, decoder_start_token_id=0))
+
+
+def build_bloom() -> PreTrainedModel:
+    config = transformers.BloomConfig(hidden_size=16, n_layer=1, n_head=2, vocab_size=VOCAB_SIZE)
+    return transformers.BloomForCausalLM(config)
+
+
+@pytest.mark.parametrize(
+    ("build", "task_type", "fragments"),
+    [
+        (build_t5, "SEQ_2_SEQ_LM", ["T5ForConditionalGeneration", "encoder-decoder", "supported are decoders"]),
+        (build_bloom, "CAUSAL_LM", ["BloomForCausalLM", "no attention module", "Llama", "GPT-2"]),
+        (lambda: nn.Sequential(nn.Linear(2, 2)), None, ["Sequential", "model of transformers"]),
+    ],
+)
+def test_unsupported_models_raise_and_stay_as_they_are(build, task_type, fragments):
+    model = build()
+    modules, keys = list(model.modules()), list(model.state_dict())
+    with pytest.raises(ValueError) as raised:
+        get_peft_model(model, PrefixPlusConfig(task_type=task_type))
+    for fragment in fragments:
+        assert fragment in str(raised.value)
+    assert list(model.modules()) == modules and list(model.state_dict()) == keys
