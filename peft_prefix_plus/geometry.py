@@ -52,7 +52,7 @@ def read_geometry(module: nn.Module) -> AttentionGeometry:
     key_dim = _first_attribute((module, config), ("qk_head_dim", "head_dim", "head_size", "attention_head_size"))
     if key_dim is None and num_heads:
         key_dim = config.hidden_size // num_heads
-    num_key_value_heads = _first_attribute((module,), ("num_key_value_heads", "num_kv_heads"))
+    num_key_value_heads = _first_attribute((module,), ("num_key_value_heads", "num_kv_heads", "kv_heads"))
     key_projection: Any = getattr(module, "k_proj", None)
     if num_key_value_heads is None and key_dim and key_projection is not None:
         num_key_value_heads = key_projection.out_features // key_dim
