@@ -31,7 +31,7 @@ def find_checkpoint_problem(model: PreTrainedModel, adapter_name: str, state_dic
 def discard_uninitialized_adapter(model: PreTrainedModel, adapter_name: str) -> None:
     """Take an adapter that never got its weights out of a model, and the wrappers that are left without one."""
     layers = [module for module in model.modules() if isinstance(module, PrefixPlusLayer)]
-    encoders = [layer.prefix_plus_encoder[adapter_name] for layer in layers if adapter_name in layer.list_adapters()]
+    encoders = [layer.get_encoder(adapter_name) for layer in layers if adapter_name in layer.list_adapters()]
     if any(encoder.initialized for encoder in encoders):
         return
     for name, module in list(model.named_modules()):

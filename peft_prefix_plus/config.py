@@ -136,6 +136,8 @@ class PrefixPlusConfig(PeftConfig):
             self.target_modules = sorted(self.target_modules)
         if isinstance(self.exclude_modules, set):
             self.exclude_modules = sorted(self.exclude_modules)
+        if isinstance(self.prefix_init_token_ids, tuple):
+            self.prefix_init_token_ids = list(self.prefix_init_token_ids)
         if self.num_virtual_tokens_pattern is None:
             self.num_virtual_tokens_pattern = {}
         self._check_choices()
@@ -243,7 +245,7 @@ class PrefixPlusConfig(PeftConfig):
             module_name (`str`): the module's name in the base model.
         """
         for pattern, length in self.num_virtual_tokens_pattern.items():
-            if re.match(rf"(.*\.)?({pattern})$", module_name):
+            if match_module_pattern(pattern, module_name):
                 return length
         return DEFAULT_NUM_VIRTUAL_TOKENS if self.num_virtual_tokens is None else self.num_virtual_tokens
 
@@ -289,6 +291,8 @@ class PrefixPlusConfig(PeftConfig):
             ) from error
         if not isinstance(attributes, dict):
             raise ValueError(f"{path_json_file} must hold a JSON object, found {type(attributes).__name__}.")
+        if "peft_type" not in attributes:
+            raise ValueError(f"{path_json_file} does not name a `peft_type`, so it is not the file of an adapter.")
         return attributes
 
 
@@ -303,6 +307,11 @@ def check_weights_file(path: str) -> None:
         raise ValueError(
             f"{path} is not a complete safetensors file ({error}). Download or copy the adapter once more."
         ) from error
+
+
+def match_module_pattern(pattern: str, module_name: str) -> bool:
+    """Whether a key of `num_virtual_tokens_pattern` means a module: the rule of LoRA's `rank_pattern`."""
+    return re.match(rf"(.*\.)?({pattern})$", module_name) is not None
 
 
 def _check_integer(name: str, value: object, minimum: int) -> None:

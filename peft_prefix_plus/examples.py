@@ -165,6 +165,8 @@ def tokenize_examples(
     Returns:
         `list[dict[str, list[int]]]`: `input_ids`, `attention_mask` and `labels` (-100 on the prompt).
     """
+    if max_length < 2:
+        raise ValueError(f"`max_length` must be at least 2, a token to read and one to predict, got {max_length}.")
     return [
         _tokenize_pair(example.prompt, reference, tokenizer, max_length)
         for example in examples

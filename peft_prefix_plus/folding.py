@@ -58,6 +58,12 @@ def fold_adapter(adapter_dir: str, output_dir: str) -> str:
 
 def _rebuild_encoder(module_name: str, tensors: dict[str, Tensor], config: PrefixPlusConfig) -> PrefixEncoder:
     """Build the encoder of one module from its saved tensors, whose shapes tell its geometry."""
+    expected = config.resolve_num_virtual_tokens(module_name)
+    if "anchor_keys" in tensors and tensors["anchor_keys"].shape[1] != expected:
+        raise ValueError(
+            f"The weights of {module_name} hold {tensors['anchor_keys'].shape[1]} virtual tokens, the configuration "
+            f"says {expected}. The files belong to different adapters."
+        )
     try:
         keys, values = tensors["anchor_keys"], tensors["anchor_values"]
         geometry = AttentionGeometry(keys.shape[0], keys.shape[-1], values.shape[-1], keys.device)

@@ -1,6 +1,9 @@
 """Everything that is decided about an adapter before the first module of a model is replaced."""
 
 import dataclasses
+import re
+import warnings
+from collections.abc import Mapping
 
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.error import NoMatchingPeftModuleError
@@ -8,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .attention import check_attention_implementation, original_config
-from .config import PrefixPlusConfig
+from .config import PrefixPlusConfig, match_module_pattern
 from .geometry import AttentionGeometry, find_attention_modules, find_position_tables, read_geometry
 from .initialization import InitialStates, build_initial_states, resolve_init_token_ids, resolve_prefix_length
 
@@ -104,6 +107,14 @@ def _resolve_lengths(
             f"`target_modules` {config.target_modules!r} matches {others[:3]}, which cannot carry a prefix. Prefixes "
             f"go on attention modules, here: {_abbreviate(modules)}."
         )
+    _check_layer_indices(config, modules)
+    unused = [pattern for pattern in config.num_virtual_tokens_pattern if not _matches_any(pattern, targeted)]
+    if unused:
+        warnings.warn(
+            f"`num_virtual_tokens_pattern` has {unused}, which match none of the targeted modules "
+            f"{_abbreviate(dict.fromkeys(targeted))} and have no effect.",
+            stacklevel=2,
+        )
     lengths = {name: config.resolve_num_virtual_tokens(name) for name in targeted}
     lengths = {name: length for name, length in lengths.items() if length}
     if not lengths:
@@ -115,7 +126,24 @@ def _resolve_lengths(
     return lengths
 
 
-def _abbreviate(modules: dict[str, nn.Module]) -> str:
+def _check_layer_indices(config: PrefixPlusConfig, modules: dict[str, nn.Module]) -> None:
+    indices = config.layers_to_transform
+    if indices is None:
+        return
+    layers = {int(match.group(1)) for match in (re.search(r"\.(\d+)\.", name) for name in modules) if match}
+    missing = sorted(set(indices if isinstance(indices, list) else [indices]) - layers)
+    if missing:
+        raise ValueError(
+            f"`layers_to_transform` names the layers {missing}, but the layers that can carry a prefix are "
+            f"{sorted(layers)}."
+        )
+
+
+def _matches_any(pattern: str, names: list[str]) -> bool:
+    return any(match_module_pattern(pattern, name) for name in names)
+
+
+def _abbreviate(modules: Mapping[str, object]) -> str:
     names = list(modules)
     return ", ".join(names) if len(names) <= 4 else f"{', '.join(names[:2])}, ..., {names[-1]}"
 

@@ -87,8 +87,12 @@ class PrefixPlusLayer(PrefixPlusLayerBase):
 
     def fold(self, adapter_name: str) -> None:
         """Replace the projection of one adapter by its result."""
+        self.prefix_plus_encoder[adapter_name] = fold_encoder(self.get_encoder(adapter_name))
+
+    def get_encoder(self, adapter_name: str) -> PrefixEncoder:
+        """Return what produces the keys and values of one adapter."""
         encoder: PrefixEncoder = self.prefix_plus_encoder[adapter_name]  # type: ignore[assignment]
-        self.prefix_plus_encoder[adapter_name] = fold_encoder(encoder)
+        return encoder
 
     def list_adapters(self) -> list[str]:
         return list(self.prefix_plus_encoder.keys())

@@ -162,6 +162,21 @@ class PrefixPlusModel(BaseTuner):
             )
         yield
 
+    def unmerge_adapter(self) -> None:
+        """Refused, as merging is."""
+        self._check_merge_allowed()
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """Select what is saved; an adapter that never got its values is refused."""
+        for module in model.modules():
+            if isinstance(module, PrefixPlusLayer) and adapter_name in module.list_adapters():
+                module.get_encoder(adapter_name).check_initialized()
+        selected: dict[str, Tensor] = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
+        return selected
+
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]

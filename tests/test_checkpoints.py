@@ -194,3 +194,12 @@ def test_adapter_names_that_occur_in_other_names(adapter_name, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(build_model("llama"), tmp_path / adapter_name, "default")
     assert torch.equal(run(loaded), run(model))
+
+
+def test_an_adapter_without_values_is_not_saved(tmp_path):
+    save(tmp_path / "whole")
+    config = PrefixPlusConfig.from_pretrained(tmp_path / "whole")
+    model = get_peft_model(build_model("llama"), config)
+    with pytest.raises(RuntimeError, match="no values yet"):
+        model.save_pretrained(tmp_path / "empty")
+    assert not (tmp_path / "empty" / "adapter_model.safetensors").exists()

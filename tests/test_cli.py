@@ -123,6 +123,9 @@ def test_json_options_and_patterns(train):
         (["--train_file", "/nowhere.jsonl"], "/nowhere.jsonl"),
         (["--dtype", "float99"], "float99"),
         (["--prefix_init_text", "a", "--prefix_init_token_ids", "3"], "not both"),
+        (["--max_length", "-5"], "--max_length"),
+        (["--max_length", "1"], "--max_length"),
+        (["--max_train_examples", "0"], "--max_train_examples"),
     ],
 )
 def test_bad_input_gives_one_line_and_status_1(train, capsys, words, part):
@@ -151,6 +154,42 @@ def test_an_adapter_that_is_not_there_is_named(data, tmp_path, capsys):
     assert "none" in capsys.readouterr().err
     assert main(["fold", "--adapter", str(tmp_path / "none"), "--output_dir", str(tmp_path / "x")]) == 1
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        ("{garbage", "does not hold a JSON object"),
+        ("", "does not hold a JSON object"),
+        ("[1, 2]", "must hold a JSON object"),
+        ('{"projection": "none"}', "peft_type"),
+        ('{"peft_type": "LORA", "r": 4}', "LORA"),
+    ],
+)
+@pytest.mark.parametrize("command", ["generate", "fold"])
+def test_a_damaged_configuration_is_named(train, tmp_path, capsys, content, part, command):
+    directory = train()
+    (directory / "adapter_config.json").write_text(content)
+    words = {"generate": ["--prompt", "1"], "fold": ["--output_dir", str(tmp_path / "folded")]}[command]
+    assert main([command, "--adapter", str(directory), *words]) == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert str(directory) in last
+    assert part in last
+
+
+def test_missing_weights_and_wrong_numbers_are_named_before_the_model_is_loaded(train, data, capsys):
+    directory = train()
+    words = ["evaluate", "--adapter", str(directory), "--eval_file", data]
+    for extra, part in (
+        (["--batch_size", "0"], "--batch_size"),
+        (["--max_length", "-4"], "--max_length"),
+        (["--output_file", "/nowhere/x.json"], "/nowhere/x.json"),
+    ):
+        assert main([*words, *extra]) == 1
+        assert part in capsys.readouterr().err
+    (directory / "adapter_model.safetensors").unlink()
+    assert main(words) == 1
+    assert "adapter_model.safetensors" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -221,3 +221,12 @@ def test_an_adapter_without_a_readme_is_folded(adapter_dir, tmp_path):
     fold_adapter(str(adapter_dir), str(tmp_path / "folded"))
     shutil.rmtree(adapter_dir)
     PeftModel.from_pretrained(build_model("llama"), tmp_path / "folded")
+
+
+def test_files_of_different_adapters_are_not_folded(tmp_path):
+    add_prefix(build_model("llama")).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(path.read_text().replace('"num_virtual_tokens": 5', '"num_virtual_tokens": 4'))
+    with pytest.raises(ValueError, match="different adapters"):
+        fold_adapter(str(tmp_path), str(tmp_path / "folded"))
+    assert not (tmp_path / "folded").exists()

@@ -66,7 +66,7 @@ def test_selection_survives_saving_and_loading(settings, tmp_path):
         ({"target_modules": ["nope"]}, NoMatchingPeftModuleError, ["['nope']", "model.layers.0.self_attn"]),
         ({"target_modules": []}, NoMatchingPeftModuleError, ["[]", "model.layers.0.self_attn"]),
         ({"exclude_modules": ["self_attn"]}, NoMatchingPeftModuleError, ["`exclude_modules` ['self_attn']"]),
-        ({"layers_to_transform": [7]}, NoMatchingPeftModuleError, ["`layers_to_transform` [7]"]),
+        ({"layers_to_transform": [7]}, ValueError, ["`layers_to_transform` names the layers [7]"]),
         ({"num_virtual_tokens_pattern": {".*": 0}}, NoMatchingPeftModuleError, ["{'.*': 0}"]),
         ({"num_frozen_tokens": P}, ValueError, ["`num_frozen_tokens` is 5", "at most 4"]),
         (
@@ -126,3 +126,13 @@ def test_unsupported_models_raise_and_stay_as_they_are(build, task_type, fragmen
     for fragment in fragments:
         assert fragment in str(raised.value)
     assert list(model.modules()) == modules and list(model.state_dict()) == keys
+
+
+def test_a_pattern_without_effect_warns_and_a_layer_that_is_not_there_raises():
+    with pytest.warns(UserWarning, match="nomatch"):
+        add_prefix(build_model("llama"), num_virtual_tokens_pattern={"nomatch": 2})
+    model = build_model("llama")
+    snapshot = Snapshot(model)
+    with pytest.raises(ValueError, match=r"layers \[9\]"):
+        add_prefix(model, layers_to_transform=[0, 9])
+    snapshot.assert_unchanged(model)

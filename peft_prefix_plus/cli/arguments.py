@@ -57,8 +57,18 @@ class DataArguments:
     max_length: int = field(default=1024, metadata={"help": "Longest training input in tokens."})
 
     def __post_init__(self) -> None:
+        check_minimum(self, 2, "max_length")
+        check_minimum(self, 1, "max_train_examples", "max_eval_examples")
         # A shell hands over a backslash and an n where a line break was meant.
         self.prompt_template = self.prompt_template.replace("\\n", "\n")
+
+
+def check_minimum(options: object, minimum: int, *names: str) -> None:
+    """Raise a `ValueError` for the first of some options that is below a minimum; `None` is none of them."""
+    for name in names:
+        value = vars(options)[name]
+        if value is not None and value < minimum:
+            raise ValueError(f"--{name} must be at least {minimum}, got {value}.")
 
 
 def _build_prefix_arguments() -> type:

@@ -5,13 +5,15 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import PreTrainedTokenizerBase
 
 from ..base_models import load_base_model
+from ..config import PrefixPlusConfig
 from ..evaluation import evaluate_model
 from ..examples import load_examples
-from .arguments import parse_arguments
+from .arguments import check_minimum, parse_arguments
 
 
 @dataclass
@@ -30,6 +32,12 @@ class EvaluateArguments:
     max_new_tokens: int = field(default=128, metadata={"help": "Longest generated text in tokens."})
     output_file: str | None = field(default=None, metadata={"help": "Also write scores and texts there, as JSON."})
 
+    def __post_init__(self) -> None:
+        check_minimum(self, 2, "max_length")
+        check_minimum(self, 1, "max_eval_examples", "batch_size", "max_new_tokens")
+        if self.output_file is not None and not os.path.isdir(os.path.dirname(self.output_file) or "."):
+            raise ValueError(f"--output_file {self.output_file!r} is in a directory that does not exist.")
+
 
 def load_adapter(adapter: str, model_name: str | None, dtype: str) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """Load an adapter onto its base model, or onto another one of the same shape.
@@ -39,7 +47,13 @@ def load_adapter(adapter: str, model_name: str | None, dtype: str) -> tuple[Peft
     """
     if not os.path.isdir(adapter) and adapter.count("/") != 1:
         raise ValueError(f"There is no directory {adapter!r}, and it is not an id of the hub, `owner/name`, either.")
-    name = model_name or PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    weights = os.path.join(adapter, SAFETENSORS_WEIGHTS_NAME)
+    if os.path.isdir(adapter) and not os.path.isfile(weights):
+        raise ValueError(f"There is no {weights}; expected the directory of a saved adapter.")
+    config = PrefixPlusConfig.from_pretrained(adapter)
+    if not isinstance(config, PrefixPlusConfig):
+        raise ValueError(f"{adapter!r} is an adapter of type {config.peft_type}, not of PrefixPlus.")
+    name = model_name or config.base_model_name_or_path
     if not name:
         raise ValueError(f"The adapter {adapter!r} does not say what its base model is; use --model_name_or_path.")
     model, tokenizer = load_base_model(name, dtype)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from transformers import PreTrainedTokenizerBase
 
 from ..evaluation import generate_texts
-from .arguments import parse_arguments
+from .arguments import check_minimum, parse_arguments
 from .evaluate import load_adapter
 
 
@@ -29,6 +29,9 @@ class GenerateArguments:
     top_p: float = field(default=1.0, metadata={"help": "Of sampling."})
     num_beams: int = field(default=1, metadata={"help": "More than one: beam search."})
     batch_size: int = field(default=16, metadata={"help": "Prompts per batch."})
+
+    def __post_init__(self) -> None:
+        check_minimum(self, 1, "batch_size", "max_new_tokens", "num_beams")
 
 
 def run(words: Sequence[str]) -> None:

@@ -53,26 +53,32 @@ class PrefixEncoder(nn.Module):
             self.anchor_values.copy_(anchor.values[0, :, : self.num_virtual_tokens])
             self.scale_keys.copy_(scale.keys[0])
             self.scale_values.copy_(scale.values[0])
+        self._was_initialized = True
 
     @property
     def initialized(self) -> bool:
         """Whether the frozen part has been filled, by [`initialize`] or from a checkpoint."""
         return not bool(torch.isnan(self.anchor_keys).any())
 
-    def compute_delta(self) -> tuple[Tensor, Tensor]:
-        """Return the trained differences `[kv_heads, num_trained_tokens, key_dim]` and `[..., value_dim]`."""
-        raise NotImplementedError
-
-    def forward(self) -> PrefixStates:
-        # Looked up until it is true, and never again.
-        self._was_initialized = self._was_initialized or self.initialized
-        if not self._was_initialized:
+    def check_initialized(self) -> None:
+        """Raise a `RuntimeError` if the frozen part has not been filled; looked up until it has, and never again."""
+        if self._was_initialized or torch.compiler.is_compiling():
+            return
+        if not self.initialized:
             raise RuntimeError(
                 "This prefix has no values yet: its configuration was loaded from a saved adapter "
                 "(`prefix_is_initialized=True`), but no weights followed. Load the adapter with "
                 "`PeftModel.from_pretrained(model, adapter_dir)`, or, to train a new prefix by the same recipe, use "
                 "`dataclasses.replace(config, prefix_is_initialized=False)`."
             )
+        self._was_initialized = True
+
+    def compute_delta(self) -> tuple[Tensor, Tensor]:
+        """Return the trained differences `[kv_heads, num_trained_tokens, key_dim]` and `[..., value_dim]`."""
+        raise NotImplementedError
+
+    def forward(self) -> PrefixStates:
+        self.check_initialized()
         delta_keys, delta_values = self.compute_delta()
         keys = self._add_scaled(self.anchor_keys, self.scale_keys, delta_keys)
         values = self._add_scaled(self.anchor_values, self.scale_values, delta_values)
