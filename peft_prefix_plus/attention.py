@@ -174,7 +174,7 @@ def prefix_attention_forward(
         if module in recording:
             raise ValueError(
                 f"{type(module).__name__} attends more than once in one forward of the model, which PrefixPlus does "
-                "not support yet. Exclude it with `exclude_modules`."
+                "not support yet."
             )
         recording[module] = PrefixStates(key.detach(), value.detach())
         return attend(module, query, key, value, attention_mask, *args, **kwargs)
