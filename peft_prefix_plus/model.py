@@ -71,7 +71,7 @@ class PrefixPlusModel(BaseTuner):
             return key in self.targeted_module_names
         found = check_target_module_exists(self._plan.config, key)
         # A module that PEFT calls excluded is false as well, but tells that `exclude_modules` had an effect.
-        return found and key in self._plan.lengths if found else found
+        return found and key in self._plan.lengths
 
     def _create_and_replace(
         self,

@@ -17,20 +17,21 @@ from transformers import (
 
 from peft_prefix_plus import PrefixPlusConfig
 
+SIZES = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": MAX_POSITIONS,
+    "initializer_range": 0.2,
+}
 implementations = pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 
 
 def build_encoder_model(implementation: str = "sdpa", seed: int = 0) -> BertForSequenceClassification:
     torch.manual_seed(seed)
-    config = BertConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=48,
-        max_position_embeddings=64,
-        initializer_range=0.2,
-    )
+    config = BertConfig(**SIZES)
     model = BertForSequenceClassification(config).eval()
     model.set_attn_implementation(implementation)
     return model
@@ -102,16 +103,7 @@ def test_the_tokens_of_the_prefix_are_seen_from_every_position():
 def test_an_encoder_as_a_decoder_starts_exactly_behind_its_reserved_positions():
     # The RoBERTa family counts positions from behind the row of the padding.
     torch.manual_seed(0)
-    config = RobertaConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=48,
-        max_position_embeddings=64,
-        initializer_range=0.2,
-        is_decoder=True,
-    )
+    config = RobertaConfig(**SIZES, is_decoder=True)
     model, ids, init = RobertaForCausalLM(config).eval(), draw_tokens(), [4, 5, 6]
     expected = model(torch.cat([torch.tensor(init).expand(2, -1), ids], dim=1)).logits[:, 3:]
     config = PrefixPlusConfig(task_type="CAUSAL_LM", prefix_init_token_ids=init)
