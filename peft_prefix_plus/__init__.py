@@ -9,6 +9,7 @@ from .layer import PrefixPlusLayer
 from .model import PrefixPlusModel
 from .registration import register
 from .states import PrefixStates
+from .supported import SupportedModel, supported_model_types
 
 __version__ = "0.1.0"
 
@@ -17,7 +18,9 @@ __all__ = [
     "PrefixPlusLayer",
     "PrefixPlusModel",
     "PrefixStates",
+    "SupportedModel",
     "capture_prefix_states",
+    "supported_model_types",
 ]
 
 register()

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -10,9 +11,23 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .attention import record_states
-from .geometry import count_positions, find_attention_modules, find_position_tables
+from .geometry import (
+    count_codebooks,
+    count_positions,
+    count_token_embeddings,
+    find_attention_modules,
+    find_input_shapes,
+    find_numbered_stack,
+    find_position_tables,
+    takes_argument,
+    uses_absolute_positions,
+)
 from .layer import PrefixPlusLayerBase
 from .states import PrefixStates
+
+
+class CaptureError(ValueError):
+    """The tokens, or the state of the model, do not allow a capture."""
 
 
 def capture_prefix_states(model: PreTrainedModel, input_ids: Tensor | list[int]) -> dict[str, PrefixStates]:
@@ -31,7 +46,7 @@ def capture_prefix_states(model: PreTrainedModel, input_ids: Tensor | list[int])
         the model's dtype.
 
     Raises:
-        ValueError: if the tokens do not fit the vocabulary or the table of positions, or the model cannot be captured.
+        CaptureError: if the tokens do not fit the vocabulary or the table of positions, or the model cannot be captured.
     """
     if isinstance(model, PeftModel):
         model = model.get_base_model()
@@ -39,50 +54,110 @@ def capture_prefix_states(model: PreTrainedModel, input_ids: Tensor | list[int])
         model = model.model
     device = next(model.parameters()).device
     if device.type == "meta":
-        raise ValueError(
+        raise CaptureError(
             "The base model's weights are on the meta device, so no keys and values can be computed. Load the weights "
             "first, or load a saved adapter with `PeftModel.from_pretrained`."
         )
     ids = torch.as_tensor(input_ids, device=device)
     _check_token_ids(model, ids)
-    ids = ids.reshape(1, -1)
-    positions = _choose_positions(model, ids)
+    with _negative_positions(model):
+        return _record_forward(model, _build_text_inputs(model, ids.reshape(1, -1)))
+
+
+def capture_noise_states(model: PreTrainedModel, seed: int) -> dict[str, PrefixStates]:
+    """Run a model of images or sound over noise and keep what reaches its attention functions.
+
+    Args:
+        model (`PreTrainedModel`): a model, or a tower of one, that does not read tokens.
+        seed (`int`): of the noise.
+
+    Returns:
+        `dict[str, PrefixStates]`: as from [`capture_prefix_states`].
+
+    Raises:
+        ValueError: if the shape of the model's input cannot be found.
+    """
+    return _record_forward(model, _draw_noise(model, seed))
+
+
+def _draw_noise(model: PreTrainedModel, seed: int) -> dict[str, Tensor]:
+    """What a model of images or sound reads, drawn from a normal distribution."""
+    parameter = next(model.parameters())
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.randn(shape, generator=generator).to(parameter.device, parameter.dtype)
+        for name, shape in find_input_shapes(model).items()
+    }
+
+
+def _record_forward(model: PreTrainedModel, inputs: dict[str, Any]) -> dict[str, PrefixStates]:
     modules = find_attention_modules(model)
-    with torch.no_grad(), _bare_evaluation(model), record_states(list(modules.values())) as recording:
-        model(input_ids=ids, **positions, use_cache=False)
-    return {name: recording[module] for name, module in modules.items() if module in recording}
+    with torch.no_grad(), _bare_evaluation(model), record_states(list(modules.values())) as recorder:
+        model(**inputs)
+    states = recorder.get_states()
+    return {name: states[module] for name, module in modules.items() if module in states}
 
 
 def _check_token_ids(model: PreTrainedModel, ids: Tensor) -> None:
     if ids.numel() == 0:
-        raise ValueError("There are no tokens to capture; give at least one token id.")
+        raise CaptureError("There are no tokens to capture; give at least one token id.")
     if ids.is_floating_point() or ids.dim() == 0 or ids.numel() != ids.shape[-1]:
-        raise ValueError(
+        raise CaptureError(
             f"`input_ids` must be the token ids of one text, `[tokens]` or `[1, tokens]`, got {ids.dtype} of shape "
             f"{tuple(ids.shape)}."
         )
-    num_embeddings = model.get_input_embeddings().weight.shape[0]
+    num_embeddings = count_token_embeddings(model)
     if int(ids.min()) < 0 or int(ids.max()) >= num_embeddings:
         wrong = ids[(ids < 0) | (ids >= num_embeddings)].tolist()
-        raise ValueError(
+        raise CaptureError(
             f"The model has {num_embeddings} token embeddings, but got the token ids {wrong}. The tokens come from "
             "another tokenizer; use that of the base model."
         )
 
 
-def _choose_positions(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
-    """Negative positions, or none where a table of learned positions starts by itself at its first row."""
-    num_tokens = ids.shape[1]
-    tables = find_position_tables(model)
-    if not tables:
-        return {"position_ids": torch.arange(-num_tokens, 0, device=ids.device)[None]}
-    limit = min(count_positions(table) for table in tables.values())
-    if num_tokens >= limit:
-        raise ValueError(
+def _build_text_inputs(model: PreTrainedModel, ids: Tensor) -> dict[str, Any]:
+    """What the model's forward takes."""
+    _check_room(model, ids.shape[1])
+    # One row for each codebook of sound.
+    ids = ids.expand(count_codebooks(model), -1)
+    inputs: dict[str, Any] = {"use_cache": False} if takes_argument(model, "use_cache") else {}
+    if takes_argument(model, "decoder_input_ids"):
+        inputs["decoder_input_ids"] = ids
+    if takes_argument(model, "input_ids"):
+        inputs["input_ids"] = ids
+    else:
+        inputs |= _draw_noise(model, seed=0)
+    return inputs
+
+
+@contextmanager
+def _negative_positions(model: PreTrainedModel) -> Iterator[None]:
+    """Let the tokens stand right before position 0, where only distances count."""
+    stack = find_numbered_stack(model)
+    if stack is None or find_position_tables(model) or uses_absolute_positions(model):
+        yield
+        return
+
+    def number(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        inputs = next(item for item in (*args, *kwargs.values()) if isinstance(item, Tensor))
+        positions = torch.arange(-inputs.shape[1], 0, device=inputs.device)[None]
+        return args, {**kwargs, "position_ids": positions}
+
+    handle = stack.register_forward_pre_hook(number, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _check_room(model: PreTrainedModel, num_tokens: int) -> None:
+    limits = [count_positions(table) for table in find_position_tables(model).values()]
+    limit = min((limit for limit in limits if limit is not None), default=None)
+    if limit is not None and num_tokens >= limit:
+        raise CaptureError(
             f"The prefix has {num_tokens} tokens, but the model has learned only {limit} absolute positions, and the "
             "input needs some too. Shorten the initialization, or set a smaller `num_virtual_tokens`."
         )
-    return {}
 
 
 @contextmanager

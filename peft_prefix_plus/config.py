@@ -238,6 +238,12 @@ class PrefixPlusConfig(PeftConfig):
         """Whether the prefix starts as the keys and values of real tokens, which stand at real positions."""
         return self.prefix_init in ("vocab", "text", "tokens")
 
+    @property
+    def max_num_virtual_tokens(self) -> int:
+        """The longest prefix that any module may get."""
+        own = DEFAULT_NUM_VIRTUAL_TOKENS if self.num_virtual_tokens is None else self.num_virtual_tokens
+        return max([own, *self.num_virtual_tokens_pattern.values()])
+
     def resolve_num_virtual_tokens(self, module_name: str) -> int:
         """Return the prefix length of one module, 0 for none.
 

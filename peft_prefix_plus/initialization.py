@@ -1,15 +1,16 @@
 """What a prefix is before training: real tokens, random numbers, or zeros."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
-from .capture import capture_prefix_states
+from .capture import CaptureError, capture_noise_states, capture_prefix_states
 from .config import DEFAULT_NUM_VIRTUAL_TOKENS, PrefixPlusConfig
+from .geometry import AttentionGeometry, count_token_embeddings, find_stacks, takes_tokens
 from .states import PrefixStates
 
 
@@ -96,49 +97,125 @@ def fit_token_ids(token_ids: list[int], length: int) -> list[int]:
 def sample_vocabulary(model: PreTrainedModel, length: int, seed: int) -> list[int]:
     """Draw token ids uniformly from the model's vocabulary, the same ones for the same seed everywhere."""
     generator = torch.Generator().manual_seed(seed)
-    vocab_size = model.get_input_embeddings().weight.shape[0]
-    return torch.randint(vocab_size, (length,), generator=generator).tolist()
+    return torch.randint(count_token_embeddings(model), (length,), generator=generator).tolist()
+
+
+def capture_states(
+    config: PrefixPlusConfig,
+    model: PreTrainedModel,
+    targets: Sequence[str],
+    length: int,
+    init_token_ids: list[int] | None,
+) -> dict[str, PrefixStates]:
+    """Run a model over the init tokens, or a part of it that sees images or sound over noise.
+
+    Args:
+        config ([`PrefixPlusConfig`]): says how the prefix starts.
+        model (`PreTrainedModel`): the base model; it is left as it was.
+        targets (`Sequence[str]`): attention modules that are wanted.
+        length (`int`): number of tokens.
+        init_token_ids (`list[int]`, *optional*): what [`resolve_init_token_ids`] returned.
+
+    Returns:
+        `dict[str, PrefixStates]`: for the attention modules that were reached, not only those that are wanted.
+
+    Raises:
+        ValueError: if the model cannot be run, and the user has named the tokens.
+    """
+    captured: dict[str, PrefixStates] = {}
+    problem: Exception | None = None
+    for stack in _list_stacks(model, targets):
+        if captured and config.target_modules is None:
+            # What a forward of the whole model does not reach is not meant by default.
+            break
+        wanted = {name for name in targets if name.startswith(f"{stack}." if stack else "")}
+        if wanted <= set(captured):
+            continue
+        part: PreTrainedModel = model.get_submodule(stack)
+        try:
+            if takes_tokens(part):
+                states = capture_prefix_states(part, _choose_token_ids(config, part, length, init_token_ids))
+            else:
+                states = capture_noise_states(part, config.prefix_init_seed)
+        except CaptureError:
+            raise
+        except Exception as error:
+            # A part may need more than tokens, such as an image; perhaps the parts of this part do not.
+            problem = problem or error
+            continue
+        captured = {f"{stack}.{name}" if stack else name: state for name, state in states.items()} | captured
+    is_incomplete = not captured or (config.target_modules is not None and not set(targets) <= set(captured))
+    if problem is not None and is_incomplete and init_token_ids is not None:
+        raise problem
+    return captured
+
+
+def _list_stacks(model: PreTrainedModel, targets: Sequence[str]) -> list[str]:
+    """The models inside of a model around the targets, the outermost ones first."""
+    stacks = {stack for name in targets for stack in find_stacks(model, name)}
+    return sorted(stacks, key=lambda stack: (stack.count(".") + bool(stack), stack))
+
+
+def _choose_token_ids(
+    config: PrefixPlusConfig, model: PreTrainedModel, length: int, init_token_ids: list[int] | None
+) -> list[int]:
+    if init_token_ids is None:
+        return sample_vocabulary(model, length, config.prefix_init_seed)
+    return fit_token_ids(init_token_ids, length)
 
 
 def build_initial_states(
-    config: PrefixPlusConfig, model: PreTrainedModel, lengths: Mapping[str, int], init_token_ids: list[int] | None
+    config: PrefixPlusConfig,
+    lengths: Mapping[str, int],
+    geometries: Mapping[str, AttentionGeometry],
+    captured: Mapping[str, PrefixStates],
 ) -> dict[str, InitialStates]:
     """Compute where the prefix of every targeted module starts.
 
     Args:
         config ([`PrefixPlusConfig`]): says how.
-        model (`PreTrainedModel`): the base model; it is run once, and left as it was.
         lengths (`Mapping[str, int]`): prefix length of every targeted module.
-        init_token_ids (`list[int]`, *optional*): what [`resolve_init_token_ids`] returned.
+        geometries (`Mapping[str, AttentionGeometry]`): of the same modules.
+        captured (`Mapping[str, PrefixStates]`): what [`capture_states`] returned.
 
     Returns:
-        `dict[str, InitialStates]`: for the names in `lengths`.
-
-    Raises:
-        ValueError: if a targeted module was not reached by the model's forward.
+        `dict[str, InitialStates]`: for the names in `lengths`; random for a module that could not be captured.
     """
-    longest = max(lengths.values())
-    if init_token_ids is None:
-        token_ids = sample_vocabulary(model, longest, config.prefix_init_seed)
-    else:
-        token_ids = fit_token_ids(init_token_ids, longest)
-    captured = capture_prefix_states(model, token_ids)
-    unreached = sorted(set(lengths) - set(captured))
-    if unreached:
-        raise ValueError(
-            f"The modules {unreached} took no part in the model's forward over the init tokens, so they cannot carry "
-            "a prefix. Exclude them with `exclude_modules`."
-        )
     generator = torch.Generator().manual_seed(config.prefix_init_seed)
+    unreached = [name for name in lengths if name not in captured]
+    if unreached:
+        warnings.warn(
+            f"{len(unreached)} modules, such as {unreached[0]}, cannot be run over tokens alone, so their prefix "
+            "starts from random numbers.",
+            stacklevel=2,
+        )
     return {
-        name: _build_states(config.prefix_init, captured[name], length, generator) for name, length in lengths.items()
+        name: _build_states(config.prefix_init, captured[name], length, generator)
+        if name in captured
+        else _draw_states(geometries[name], length, generator)
+        for name, length in lengths.items()
     }
+
+
+def _draw_states(geometry: AttentionGeometry, length: int, generator: torch.Generator) -> InitialStates:
+    """Random keys and values of the size that a normalized input would give."""
+    shape = (1, geometry.num_key_value_heads, length)
+    keys = torch.randn(*shape, geometry.key_dim, generator=generator).to(geometry.device)
+    values = torch.randn(*shape, geometry.value_dim, generator=generator).to(geometry.device)
+    scale = torch.ones(1, geometry.num_key_value_heads, 1, 1, device=geometry.device)
+    return InitialStates(PrefixStates(keys, values), PrefixStates(scale, scale))
+
+
+def _fit_tokens(states: Tensor, length: int) -> Tensor:
+    """Cut keys or values to a length, or repeat them up to it."""
+    repeats = -(-length // states.shape[-2])
+    return states.repeat(1, 1, repeats, 1)[..., :length, :]
 
 
 def _build_states(prefix_init: str, captured: PrefixStates, length: int, generator: torch.Generator) -> InitialStates:
     keys, values = captured.keys.float(), captured.values.float()
     scale = PrefixStates(_root_mean_square(keys), _root_mean_square(values))
-    keys, values = keys[..., :length, :], values[..., :length, :]
+    keys, values = _fit_tokens(keys, length), _fit_tokens(values, length)
     if prefix_init == "random":
         keys = torch.randn(keys.shape, generator=generator).to(keys.device) * scale.keys
         values = torch.randn(values.shape, generator=generator).to(values.device) * scale.values
@@ -148,5 +225,6 @@ def _build_states(prefix_init: str, captured: PrefixStates, length: int, generat
 
 
 def _root_mean_square(states: Tensor) -> Tensor:
-    """`[1, kv_heads, tokens, dim]` to `[1, kv_heads, 1, 1]`."""
-    return states.square().mean(dim=(-2, -1), keepdim=True).sqrt()
+    """`[1, kv_heads, tokens, dim]` to `[1, kv_heads, 1, 1]`; 1 for a head without any signal, which could not train."""
+    scale = states.square().mean(dim=(-2, -1), keepdim=True).sqrt()
+    return torch.where(scale == 0, 1.0, scale)

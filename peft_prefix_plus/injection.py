@@ -10,10 +10,29 @@ from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 from transformers import PreTrainedModel
 
-from .attention import check_attention_implementation, original_config
+from .attention import find_mask_contract, original_config
 from .config import PrefixPlusConfig, match_module_pattern
-from .geometry import AttentionGeometry, find_attention_modules, find_position_tables, read_geometry
-from .initialization import InitialStates, build_initial_states, resolve_init_token_ids, resolve_prefix_length
+from .geometry import (
+    AttentionGeometry,
+    belongs_to_text,
+    explain_missing_attention,
+    find_attention_modules,
+    find_owner,
+    find_position_tables,
+    is_cross_attention,
+    read_geometry,
+    runs_without_gradients,
+    takes_argument,
+    uses_attention_interface,
+)
+from .initialization import (
+    InitialStates,
+    build_initial_states,
+    capture_states,
+    resolve_init_token_ids,
+    resolve_prefix_length,
+)
+from .states import PrefixStates
 
 
 @dataclasses.dataclass
@@ -25,14 +44,14 @@ class InjectionPlan:
         lengths (`dict[str, int]`): prefix length of every targeted module, by its name in the base model.
         geometries (`dict[str, AttentionGeometry]`): of the same modules.
         initial_states (`dict[str, InitialStates]`): of the same modules; empty if a checkpoint will bring them.
-        position_tables (`list[str]`): tables of learned positions behind which the input moves.
+        position_shifts (`dict[str, int]`): how far the input moves in the tables of absolute positions.
     """
 
     config: PrefixPlusConfig
     lengths: dict[str, int]
     geometries: dict[str, AttentionGeometry]
     initial_states: dict[str, InitialStates]
-    position_tables: list[str]
+    position_shifts: dict[str, int]
 
 
 def plan_injection(config: PrefixPlusConfig, model: PreTrainedModel) -> InjectionPlan:
@@ -51,26 +70,31 @@ def plan_injection(config: PrefixPlusConfig, model: PreTrainedModel) -> Injectio
     _check_architecture(model)
     modules = find_attention_modules(model)
     if not modules:
-        raise ValueError(
-            f"{type(model).__name__} has no attention module that PrefixPlus supports: none calls the attention "
-            "interface of transformers. Supported are models whose self-attention goes through "
-            "`ALL_ATTENTION_FUNCTIONS`, such as Llama, Qwen, Mistral, Gemma, Phi, GPT-NeoX, GPT-2 and OPT."
-        )
-    if config.target_modules is None:
-        config = dataclasses.replace(config, target_modules=_name_targets(model, modules))
+        raise ValueError(f"{type(model).__name__} {explain_missing_attention(model)}")
     init_token_ids = None if config.prefix_is_initialized else resolve_init_token_ids(config, model)
     config = dataclasses.replace(config, num_virtual_tokens=resolve_prefix_length(config, init_token_ids))
+    captured: dict[str, PrefixStates] = {}
+    if config.target_modules is None:
+        chosen = _choose_targets(model, modules)
+        if not config.prefix_is_initialized:
+            captured = capture_states(config, model, chosen, config.max_num_virtual_tokens, init_token_ids)
+            # Others take no part in the model's forward, such as cross-attention without an encoder.
+            chosen = [name for name in chosen if name in captured] or chosen
+        config = dataclasses.replace(config, target_modules=_name_targets(model, chosen))
     lengths = _resolve_lengths(config, model, modules)
     for name in lengths:
-        check_attention_implementation(original_config(modules[name])._attn_implementation)
+        if uses_attention_interface(modules[name]):
+            find_mask_contract(original_config(modules[name])._attn_implementation)
         config.check_frozen_tokens(lengths[name])
     geometries = {name: read_geometry(modules[name]) for name in lengths}
     initial_states: dict[str, InitialStates] = {}
     if not config.prefix_is_initialized:
-        initial_states = build_initial_states(config, model, lengths, init_token_ids)
+        if not captured:
+            captured = capture_states(config, model, list(lengths), max(lengths.values()), init_token_ids)
+        initial_states = build_initial_states(config, lengths, geometries, captured)
         _check_geometries(geometries, initial_states)
-    tables = list(find_position_tables(model)) if config.initializes_from_tokens else []
-    return InjectionPlan(config, lengths, geometries, initial_states, tables)
+    shifts = _find_position_shifts(model, lengths) if config.initializes_from_tokens else {}
+    return InjectionPlan(config, lengths, geometries, initial_states, shifts)
 
 
 def _check_architecture(model: PreTrainedModel) -> None:
@@ -79,14 +103,38 @@ def _check_architecture(model: PreTrainedModel) -> None:
         raise ValueError(
             f"PrefixPlus needs a model of transformers, got {type(model).__name__} without a transformers config."
         )
-    if model_config.is_encoder_decoder:
-        raise ValueError(
-            f"{type(model).__name__} is an encoder-decoder model, which PrefixPlus does not support yet; supported "
-            "are decoders and encoders on their own."
-        )
 
 
-def _name_targets(model: PreTrainedModel, modules: dict[str, nn.Module]) -> list[str]:
+def _choose_targets(model: PreTrainedModel, modules: dict[str, nn.Module]) -> list[str]:
+    """The modules that get a prefix when the user names none."""
+    reads_text = takes_argument(model, "input_ids")
+    has_encoder = model.config.is_encoder_decoder
+    chosen = [
+        name
+        for name in modules
+        if (belongs_to_text(model, name) or not reads_text)
+        and (has_encoder or not is_cross_attention(name))
+        and not runs_without_gradients(name)
+    ]
+    return chosen or list(modules)
+
+
+def _find_position_shifts(model: PreTrainedModel, lengths: dict[str, int]) -> dict[str, int]:
+    """The input of a stack moves behind the longest prefix that the stack's own tokens attend to."""
+    shifts = {}
+    for table in find_position_tables(model):
+        owner = find_owner(model, table)
+        prefixes = [
+            length
+            for name, length in lengths.items()
+            if find_owner(model, name) == owner and not is_cross_attention(name)
+        ]
+        if prefixes:
+            shifts[table] = max(prefixes)
+    return shifts
+
+
+def _name_targets(model: PreTrainedModel, modules: list[str]) -> list[str]:
     """Name all attention modules by their last names if those match nothing else, otherwise in full."""
     endings = {name.rpartition(".")[2] for name in modules}
     matched = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in endings}

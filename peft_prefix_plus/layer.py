@@ -6,10 +6,12 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from transformers import PreTrainedConfig
 
 from .attention import attend_with_prefix, original_config, route_config
 from .dropout import PrefixDropout
 from .encoders import PrefixEncoder, fold_encoder
+from .geometry import read_batch_size, uses_attention_interface
 from .states import PrefixStates, concatenate_states
 
 
@@ -69,8 +71,10 @@ class PrefixPlusLayer(PrefixPlusLayerBase):
         super().__init__(base_layer)
         self.prefix_plus_encoder = nn.ModuleDict()
         self.prefix_plus_dropout = nn.ModuleDict()
-        self._original_config = original_config(base_layer)
-        self._routed_config = route_config(self._original_config)
+        self._original_config: PreTrainedConfig | None = None
+        if uses_attention_interface(base_layer):
+            self._original_config = original_config(base_layer)
+            self._routed_config = route_config(self._original_config)
         self._active_adapter: list[str] = []
 
     def update_layer(self, adapter_name: str, encoder: PrefixEncoder, dropout: PrefixDropout) -> None:
@@ -112,12 +116,15 @@ class PrefixPlusLayer(PrefixPlusLayerBase):
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
     ) -> nn.Module:
-        self.base_layer.config = self._original_config
+        if self._original_config is not None:
+            self.base_layer.config = self._original_config
         return self.base_layer
 
     def _update_route(self) -> None:
         """Route the module only while a prefix is active: without one it is the base model's module, bit for bit."""
-        self.base_layer.config = self._routed_config if self.list_effective_adapters() else self._original_config
+        if self._original_config is not None:
+            is_active = bool(self.list_effective_adapters())
+            self.base_layer.config = self._routed_config if is_active else self._original_config
 
     def get_prefix_states(self, adapter_names: Sequence[str], batch_size: int) -> PrefixStates:
         """Compute the prefix of some adapters, one behind the other.
@@ -138,6 +145,5 @@ class PrefixPlusLayer(PrefixPlusLayerBase):
         adapter_names = self.list_effective_adapters()
         if not adapter_names:
             return self.base_layer(*args, **kwargs)
-        hidden_states = args[0] if args else kwargs["hidden_states"]
-        states = self.get_prefix_states(adapter_names, batch_size=hidden_states.shape[0])
+        states = self.get_prefix_states(adapter_names, read_batch_size(self.base_layer, args, kwargs))
         return attend_with_prefix(self.base_layer, states, *args, **kwargs)

@@ -59,9 +59,9 @@ class PrefixPlusModel(BaseTuner):
         self._plan = plan
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         self._plan = None
-        for name in plan.position_tables:
-            self._shift_positions(model, name, adapter_name, max(plan.lengths.values()))
-        align_positions(model)
+        for name, shift in plan.position_shifts.items():
+            self._shift_positions(model, name, adapter_name, shift)
+        align_positions(model, adapter_name, max(plan.lengths.values()) if plan.config.initializes_from_tokens else 0)
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         return peft_config

@@ -5,24 +5,37 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from .geometry import count_positions, find_first_position, find_position_tables, uses_sectioned_rotary
+from .geometry import (
+    count_positions,
+    counts_positions_itself,
+    find_first_position,
+    find_numbered_stack,
+    find_position_tables,
+    uses_absolute_positions,
+    uses_sectioned_rotary,
+)
 from .layer import PrefixPlusLayer, PrefixPlusLayerBase
 
 
+# How arguments of a multimodal model begin that hold images or sound.
+MEDIA_ARGUMENTS = ("pixel_values", "image", "video", "audio", "input_features")
+
+
 class ShiftedPositionEmbedding(PrefixPlusLayerBase):
-    """Moves the input behind the prefix in a table of learned absolute positions.
+    """Moves the input behind the prefix in a table of absolute positions.
 
     The prefix was captured at the first `P` positions, so the input goes to `P, P + 1, ...`. Rotary models need no
     such layer: there the prefix stands at negative positions.
 
     Args:
-        base_layer (`nn.Embedding`): the table.
+        base_layer (`nn.Module`): the table.
     """
 
     other_param_names = ("prefix_plus_shift",)
 
-    def __init__(self, base_layer: nn.Embedding) -> None:
+    def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
         self.prefix_plus_shift: dict[str, int] = {}
         self._active_adapter: list[str] = []
@@ -34,62 +47,107 @@ class ShiftedPositionEmbedding(PrefixPlusLayerBase):
     def list_adapters(self) -> list[str]:
         return list(self.prefix_plus_shift)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         shift = sum(self.prefix_plus_shift[name] for name in self.list_effective_adapters())
-        if shift:
-            if isinstance(kwargs.get("position_ids"), Tensor):
-                kwargs["position_ids"] = self._shift(kwargs["position_ids"], shift)
-            else:
-                args = (self._shift(args[0], shift), *args[1:])
-        output: Tensor = self.base_layer(*args, **kwargs)
-        return output
+        if not shift:
+            return self.base_layer(*args, **kwargs)
+        bound = inspect.signature(self.base_layer.forward).bind(*args, **kwargs)
+        bound.apply_defaults()
+        arguments = bound.arguments
+        if isinstance(arguments.get("position_ids"), Tensor):
+            self._check_room(arguments["position_ids"], shift)
+            arguments["position_ids"] = arguments["position_ids"] + shift
+        elif counts_positions_itself(self.base_layer):
+            arguments["past_key_values_length"] = arguments["past_key_values_length"] + shift
+        else:
+            name = next(iter(arguments))
+            self._check_room(arguments[name], shift)
+            arguments[name] = arguments[name] + shift
+        return self.base_layer(*bound.args, **bound.kwargs)
 
-    def _shift(self, position_ids: Tensor, shift: int) -> Tensor:
-        table: nn.Embedding = self.base_layer  # type: ignore[assignment]
-        limit, first = count_positions(table), find_first_position(table)
-        shifted = position_ids + shift
-        if not torch.compiler.is_compiling() and int(shifted.max()) - first >= limit:
+    def _check_room(self, position_ids: Tensor, shift: int) -> None:
+        limit, first = count_positions(self.base_layer), find_first_position(self.base_layer)
+        if limit is None or torch.compiler.is_compiling():
+            return
+        last = int(position_ids.max()) - first
+        if last + shift >= limit:
             raise ValueError(
-                f"The input reaches position {int(position_ids.max()) - first}, the prefix takes {shift} positions, "
-                f"and the model has learned only {limit}. Shorten the prefix, or the input to at most {limit - shift}."
+                f"The input reaches position {last}, the prefix takes {shift} positions, and the model has learned "
+                f"only {limit}. Shorten the prefix, or the input to at most {limit - shift}."
             )
-        return shifted
 
 
 class PositionAligner:
-    """Forward pre-hook that starts every row's positions at its first real token.
+    """Forward pre-hook that numbers the input of a model so that it starts right behind the prefix.
 
     A rotary model may number a left-padded row from its padding on: only distances count. A prefix at negative
     positions makes the start count, so the positions are taken from the attention mask where the caller gives none.
-    Without an active prefix the hook does nothing.
+    In the few models without a table of positions whose outputs still depend on where a text starts, the prefix stands
+    at the first positions, and the input moves behind it. Without an active prefix the hook does nothing.
+
+    Args:
+        moves_input (`bool`): whether the input moves.
+        has_coordinates (`bool`): whether the positions of images have several coordinates, which the model knows, and
+            which later text continues; it is left alone then.
     """
 
+    def __init__(self, moves_input: bool, has_coordinates: bool) -> None:
+        self.shift: dict[str, int] = {}
+        self.moves_input = moves_input
+        self.has_coordinates = has_coordinates
+
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        mask = kwargs.get("attention_mask")
-        if kwargs.get("position_ids") is not None or not isinstance(mask, Tensor) or mask.dim() != 2:
-            return None
         inputs = next((kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None), None)
         if inputs is None and args:
             inputs = args[0]
-        if inputs is None or not self._has_active_prefix(model):
+        if self.has_coordinates and self._has_media_or_past(kwargs):
             return None
-        position_ids = (mask.long().cumsum(dim=-1) - 1).clamp(min=0)
-        return args, {**kwargs, "position_ids": position_ids[:, -inputs.shape[1] :]}
+        mask, position_ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
+        is_numbered = position_ids is not None or not isinstance(mask, Tensor) or mask.dim() != 2
+        if inputs is None or (is_numbered and not self.moves_input):
+            return None
+        adapter_names = self._find_active_adapters(model)
+        if not adapter_names:
+            return None
+        if position_ids is None and not is_numbered:
+            position_ids = (mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -inputs.shape[1] :]  # type: ignore[union-attr]
+        elif position_ids is None:
+            cache = kwargs.get("past_key_values")
+            start = 0 if cache is None else cache.get_seq_length()
+            position_ids = torch.arange(inputs.shape[1], device=inputs.device)[None] + start
+        if self.moves_input:
+            position_ids = position_ids + sum(self.shift.get(name, 0) for name in adapter_names)
+        return args, {**kwargs, "position_ids": position_ids}
 
     @staticmethod
-    def _has_active_prefix(model: nn.Module) -> bool:
-        return any(
-            bool(module.list_effective_adapters()) for module in model.modules() if isinstance(module, PrefixPlusLayer)
-        )
+    def _has_media_or_past(kwargs: dict[str, Any]) -> bool:
+        if any(name.startswith(MEDIA_ARGUMENTS) and value is not None for name, value in kwargs.items()):
+            return True
+        cache = kwargs.get("past_key_values")
+        return cache is not None and cache.get_seq_length() > 0
+
+    @staticmethod
+    def _find_active_adapters(model: nn.Module) -> list[str]:
+        layers = (module for module in model.modules() if isinstance(module, PrefixPlusLayer))
+        return next((names for names in (layer.list_effective_adapters() for layer in layers) if names), [])
 
 
-def align_positions(model: nn.Module) -> None:
-    """Install a [`PositionAligner`] on a model that numbers its own positions, once."""
-    needs_one = not find_position_tables(model) and not uses_sectioned_rotary(model)
-    takes_positions = "position_ids" in inspect.signature(type(model).forward).parameters
-    installed = any(isinstance(hook, PositionAligner) for hook in model._forward_pre_hooks.values())
-    if needs_one and takes_positions and not installed:
-        model.register_forward_pre_hook(PositionAligner(), with_kwargs=True)
+def align_positions(model: PreTrainedModel, adapter_name: str, num_virtual_tokens: int) -> None:
+    """Install a [`PositionAligner`] on a model that has no table of positions, once, and tell it of an adapter.
+
+    Args:
+        model (`nn.Module`): a transformers model.
+        adapter_name (`str`): the adapter's name.
+        num_virtual_tokens (`int`): how many positions its prefix takes; 0 if it was not made from real tokens.
+    """
+    stack = find_numbered_stack(model)
+    if stack is None or find_position_tables(model):
+        return
+    aligners = [hook for hook in stack._forward_pre_hooks.values() if isinstance(hook, PositionAligner)]
+    if not aligners:
+        aligners = [PositionAligner(uses_absolute_positions(model), uses_sectioned_rotary(model))]
+        stack.register_forward_pre_hook(aligners[0], with_kwargs=True)
+    aligners[0].shift[adapter_name] = num_virtual_tokens
 
 
 def stop_aligning_positions(model: nn.Module) -> None:

@@ -15,11 +15,13 @@ class PrefixStates(NamedTuple):
         values (`torch.Tensor`): `[batch, kv_heads, P, value_dim]`, the same `batch`.
         mask (`torch.Tensor`, *optional*): bool `[batch, P]`, `True` where the virtual token is visible; its `batch`
             may differ from that of the keys if one of them is 1. `None`: all are visible.
+        bias (`torch.Tensor`, *optional*): added to the scores of the virtual tokens, `[batch or 1, heads, 1, P]`.
     """
 
     keys: Tensor
     values: Tensor
     mask: Tensor | None = None
+    bias: Tensor | None = None
 
     @property
     def num_virtual_tokens(self) -> int:

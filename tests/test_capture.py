@@ -9,9 +9,11 @@ from peft import PeftModel, inject_adapter_in_model
 from tiny_models import ARCHITECTURES, MAX_POSITIONS, VOCAB_SIZE, build_model
 from torch.testing import assert_close
 from transformers import DynamicCache
+from zoo_models import build_zoo_model
 
 from peft_prefix_plus import PrefixPlusConfig, PrefixStates, capture_prefix_states
-from peft_prefix_plus.geometry import find_attention_modules
+from peft_prefix_plus.capture import capture_noise_states
+from peft_prefix_plus.geometry import find_attention_modules, is_cross_attention
 
 IDS = [11, 23, 5, 42, 7]
 architectures = pytest.mark.parametrize("name", ARCHITECTURES)
@@ -163,3 +165,60 @@ def test_models_with_injected_adapters_are_captured_bare():
     model = inject_adapter_in_model(PrefixPlusConfig(num_virtual_tokens=3), base)
     assert not isinstance(model, PeftModel)
     assert_equal_states(capture_prefix_states(model, IDS), expected)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "starts_at_zero"),
+    [("diffllama", False), ("falcon", False), ("gptj", True), ("ctrl", True), ("ministral3", True), ("gpt_neo", True)],
+)
+def test_tokens_stand_before_zero_only_where_distances_are_all_that_counts(model_type, starts_at_zero):
+    model = build_zoo_model("causal", model_type)
+    seen = []
+    model.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs.get("position_ids")), with_kwargs=True
+    )
+    captured = capture_prefix_states(model, IDS)
+    (positions,) = seen
+    if starts_at_zero:
+        assert positions is None
+    else:
+        assert positions.tolist() == [[-5, -4, -3, -2, -1]]
+    assert list(captured) == list(find_attention_modules(model))
+    assert not model._forward_pre_hooks and not model._forward_pre_hooks_with_kwargs
+
+
+@pytest.mark.parametrize("model_type", ["bloom", "mpt", "falcon", "gptj", "gpt_neo", "codegen"])
+def test_capture_without_the_interface_equals_the_models_own_cache(model_type):
+    model = build_zoo_model("causal", model_type)
+    positions = {"position_ids": torch.arange(-len(IDS), 0)[None]} if model_type == "falcon" else {}
+    with torch.no_grad():
+        cache = model(torch.tensor([IDS]), **positions, use_cache=True).past_key_values
+    for states, layer in zip(capture_prefix_states(model, IDS).values(), cache.layers, strict=True):
+        assert_close(states.keys, layer.keys, atol=1e-6, rtol=1e-5)
+        assert_close(states.values, layer.values, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", ["bart", "t5"])
+def test_an_encoder_decoder_is_captured_with_the_tokens_on_both_sides(model_type):
+    model = build_zoo_model("seq2seq", model_type)
+    captured = capture_prefix_states(model, IDS)
+    assert list(captured) == list(find_attention_modules(model))
+    with torch.no_grad():
+        cache = model(torch.tensor([IDS]), decoder_input_ids=torch.tensor([IDS]), use_cache=True).past_key_values
+    own = [states for name, states in captured.items() if "decoder." in name and not is_cross_attention(name)]
+    crossing = [states for name, states in captured.items() if is_cross_attention(name)]
+    for recorded, layers in ((own, cache.self_attention_cache), (crossing, cache.cross_attention_cache)):
+        for states, layer in zip(recorded, layers.layers, strict=True):
+            assert torch.equal(states.keys, layer.keys) and torch.equal(states.values, layer.values)
+
+
+@pytest.mark.parametrize("model_type", ["vit", "clip_vision_model"])
+def test_noise_reaches_every_module_of_a_vision_model_and_depends_on_the_seed(model_type):
+    model = build_zoo_model("vision", model_type).train()
+    one, again, other = (capture_noise_states(model, seed) for seed in (0, 0, 1))
+    assert list(one) == list(find_attention_modules(model))
+    assert_equal_states(one, again)
+    assert all(not torch.equal(states.keys, other[name].keys) for name, states in one.items())
+    # Sixteen patches and the token of the class.
+    assert {states.keys.shape[-2] for states in one.values()} == {17}
+    assert model.training

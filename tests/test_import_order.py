@@ -1,6 +1,7 @@
 """The modules stand in one order, and import only from those before them."""
 
 import ast
+import graphlib
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ ORDER = [
     "peft_type",
     "states",
     "geometry",
+    "alibi",
     "encoders",
     "dropout",
     "attention",
@@ -25,6 +27,7 @@ ORDER = [
     "checkpoints",
     "model",
     "registration",
+    "supported",
     "examples",
     "metrics",
     "evaluation",
@@ -38,8 +41,11 @@ files = pytest.mark.parametrize("file", FILES)
 
 # Every other attribute that may be missing is asked for in geometry.py, which knows architectures.
 LITERAL_GETATTR = {
-    # The rule of `sdpa_attention_forward`, repeated for each call, where a lookup in geometry.py would be a detour.
-    ("attention.py", "is_causal"),
+    # The rule of transformers' functions, repeated for each call, where a lookup in geometry.py would be a detour.
+    ("attention/dense.py", "is_causal"),
+    ("attention/flash.py", "is_causal"),
+    # The name of a function of torch, which says nothing about architectures.
+    ("attention/arithmetic.py", "__name__"),
     # The check that a model comes from transformers at all, before geometry.py may look at it.
     ("injection.py", "config"),
 }
@@ -85,6 +91,21 @@ def test_modules_import_only_from_those_before_them(file):
     assert not later and (inside or module not in imported)
 
 
+@pytest.mark.parametrize("package", sorted({Path(file).parts[0] for file in FILES if len(Path(file).parts) > 1}))
+def test_files_of_a_package_import_one_another_in_one_order(package):
+    siblings = {Path(file).stem: file for file in FILES if Path(file).parts[0] == package}
+    imports = {
+        name: {
+            node.module
+            for node in ast.walk(parse(file))
+            if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module in siblings
+        }
+        for name, file in siblings.items()
+    }
+    graphlib.TopologicalSorter(imports).prepare()
+    assert not any("__init__" in imported for imported in imports.values())
+
+
 @files
 def test_functions_import_nothing(file):
     functions = (node for node in ast.walk(parse(file)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
@@ -97,9 +118,9 @@ def test_functions_import_nothing(file):
     assert not lines
 
 
-@files
-def test_only_geometry_asks_for_attributes_that_may_be_missing(file):
-    asked = {
+def list_asked(file: str) -> set[tuple[str, str]]:
+    """Attributes that a file asks for by a literal name and with a default."""
+    return {
         (file, node.args[1].value)
         for node in ast.walk(parse(file))
         if isinstance(node, ast.Call)
@@ -108,9 +129,12 @@ def test_only_geometry_asks_for_attributes_that_may_be_missing(file):
         and len(node.args) == 3
         and isinstance(node.args[1], ast.Constant)
     }
-    assert file == "geometry.py" or asked <= LITERAL_GETATTR
+
+
+@files
+def test_only_geometry_asks_for_attributes_that_may_be_missing(file):
+    assert file == "geometry.py" or list_asked(file) <= LITERAL_GETATTR
 
 
 def test_the_exceptions_are_still_needed():
-    for file, name in LITERAL_GETATTR:
-        assert f'getattr(module, "{name}"' in FILES[file].read_text() or f'"{name}", None)' in FILES[file].read_text()
+    assert {asked for file in FILES if file != "geometry.py" for asked in list_asked(file)} == LITERAL_GETATTR

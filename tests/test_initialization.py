@@ -15,8 +15,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from peft_prefix_plus import PrefixPlusConfig, PrefixPlusLayer, capture_prefix_states
 from peft_prefix_plus.config import DEFAULT_NUM_VIRTUAL_TOKENS, PREFIX_INITS
+from peft_prefix_plus.geometry import AttentionGeometry, find_attention_modules, read_geometry
 from peft_prefix_plus.initialization import (
     build_initial_states,
+    capture_states,
     fit_token_ids,
     resolve_init_token_ids,
     resolve_prefix_length,
@@ -163,8 +165,10 @@ def test_vocab_prefix_is_what_was_sampled(seed):
 def build_states(prefix_init: str, seed: int = 0, length: int = 300, dtype: torch.dtype = torch.float32):
     model = build_model("llama", dtype=dtype)
     config = PrefixPlusConfig(prefix_init=prefix_init, prefix_init_seed=seed)
-    lengths = {f"model.layers.{i}.self_attn": length for i in range(2)}
-    return build_initial_states(config, model, lengths, None), model
+    modules = find_attention_modules(model)
+    captured = capture_states(config, model, list(modules), length, None)
+    geometries = {name: read_geometry(module) for name, module in modules.items()}
+    return build_initial_states(config, dict.fromkeys(modules, length), geometries, captured), model
 
 
 def test_random_states_have_the_scale_of_the_models_own():
@@ -264,10 +268,24 @@ def test_initializations_without_tokens_name_none(prefix_init):
     assert resolve_init_token_ids(PrefixPlusConfig(prefix_init=prefix_init), build_model("llama")) is None
 
 
-def test_modules_outside_the_forward_raise():
+def test_a_module_that_cannot_be_reached_starts_from_random_numbers_of_its_shape_with_a_warning():
     config = PrefixPlusConfig(num_virtual_tokens=3)
-    with pytest.raises(ValueError, match=r"\['model.elsewhere'\] took no part.*exclude_modules"):
-        build_initial_states(config, build_model("llama"), {"model.elsewhere": 3}, None)
+    geometry = AttentionGeometry(2, 200, 400, torch.device("cpu"))
+    states = []
+    for _ in range(2):
+        with pytest.warns(UserWarning, match=r"1 modules, such as model\.elsewhere, cannot be run.*random numbers"):
+            states.append(build_initial_states(config, {"model.elsewhere": 3}, {"model.elsewhere": geometry}, {}))
+    (anchor, scale), (again, _) = (state["model.elsewhere"] for state in states)
+    assert anchor.keys.shape == (1, 2, 3, 200) and anchor.values.shape == (1, 2, 3, 400)
+    assert torch.equal(anchor.keys, again.keys) and torch.equal(anchor.values, again.values), "the seed decides"
+    assert_close(anchor.keys.square().mean().sqrt(), torch.tensor(1.0), atol=0.1, rtol=0)
+    assert torch.equal(scale.keys, torch.ones(1, 2, 1, 1)) and torch.equal(scale.values, torch.ones(1, 2, 1, 1))
+
+
+def test_a_module_that_is_captured_warns_of_nothing():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build_states("vocab", length=3)
 
 
 def test_frozen_tokens_that_leave_nothing_to_train_raise_with_the_text_length(tokenizer_dir):

@@ -2,15 +2,15 @@
 
 import pytest
 import torch
-import transformers
 from helpers import INIT_TOKEN_IDS, Snapshot, add_prefix, list_lengths, named_prefix_parameters, perturb, run
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from peft.utils.error import NoMatchingPeftModuleError
 from tiny_models import VOCAB_SIZE, build_model
 from torch import nn
-from transformers import PreTrainedModel
+from zoo_models import build_zoo_model
 
-from peft_prefix_plus import PrefixPlusConfig
+from peft_prefix_plus import PrefixPlusConfig, PrefixPlusLayer
+from peft_prefix_plus.geometry import find_attention_modules
 
 P = len(INIT_TOKEN_IDS)
 
@@ -100,23 +100,22 @@ def test_too_many_tokens_for_a_table_raise_and_leave_the_model_alone():
     snapshot.assert_unchanged(model)
 
 
-def build_t5() -> PreTrainedModel:
-    sizes = {"d_model": 16, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": VOCAB_SIZE}
-    return transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, decoder_start_token_id=0))
-
-
-def build_bloom() -> PreTrainedModel:
-    config = transformers.BloomConfig(hidden_size=16, n_layer=1, n_head=2, vocab_size=VOCAB_SIZE)
-    return transformers.BloomForCausalLM(config)
-
-
 @pytest.mark.parametrize(
     ("build", "task_type", "fragments"),
     [
-        (build_t5, "SEQ_2_SEQ_LM", ["T5ForConditionalGeneration", "encoder-decoder", "supported are decoders"]),
-        (build_bloom, "CAUSAL_LM", ["BloomForCausalLM", "no attention module", "Llama", "GPT-2"]),
-        (lambda: nn.Sequential(nn.Linear(2, 2)), None, ["Sequential", "model of transformers"]),
+        (
+            lambda: build_zoo_model("causal", "mamba"),
+            "CAUSAL_LM",
+            ["MambaForCausalLM has no softmax attention", "state-space", "LoRA"],
+        ),
+        (
+            lambda: build_zoo_model("encoder", "nystromformer"),
+            None,
+            ["NystromformerForMaskedLM computes attention", "NystromformerSelfAttention"],
+        ),
+        (lambda: nn.Sequential(nn.Linear(2, 2)), None, ["Sequential", "without a transformers config"]),
     ],
+    ids=["state-space", "landmarks", "no-transformers"],
 )
 def test_unsupported_models_raise_and_stay_as_they_are(build, task_type, fragments):
     model = build()
@@ -126,6 +125,30 @@ def test_unsupported_models_raise_and_stay_as_they_are(build, task_type, fragmen
     for fragment in fragments:
         assert fragment in str(raised.value)
     assert list(model.modules()) == modules and list(model.state_dict()) == keys
+
+
+def test_attention_beside_a_state_space_gets_the_prefix():
+    base = build_zoo_model("causal", "jamba")
+    kinds = {type(module).__name__ for module in base.modules()}
+    assert {"JambaMambaMixer", "JambaAttention"} <= kinds
+    model = get_peft_model(base, PrefixPlusConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    layers = [module for module in model.modules() if isinstance(module, PrefixPlusLayer)]
+    assert layers and {type(layer.base_layer).__name__ for layer in layers} == {"JambaAttention"}
+
+
+def test_default_targets_are_what_a_forward_over_text_reaches():
+    expected = {
+        ("causal", "llama"): {"self_attn"},
+        ("causal", "bloom"): {"self_attention"},
+        ("seq2seq", "t5"): {"SelfAttention", "EncDecAttention"},
+        ("seq2seq", "bart"): {"self_attn", "encoder_attn"},
+        ("vision", "vit"): {"attention"},
+    }
+    for (group, model_type), endings in expected.items():
+        model = inject_adapter_in_model(PrefixPlusConfig(num_virtual_tokens=3), build_zoo_model(group, model_type))
+        names = [name for name, module in model.named_modules() if isinstance(module, PrefixPlusLayer)]
+        assert {name.rpartition(".")[2] for name in names} == endings
+        assert len(names) == len(find_attention_modules(model)), "no module is left out"
 
 
 def test_a_pattern_without_effect_warns_and_a_layer_that_is_not_there_raises():

@@ -7,9 +7,10 @@ import re
 import pytest
 import torch
 from helpers import INIT_TOKEN_IDS, add_prefix, draw_tokens, pad_rows, perturb
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from tiny_models import ARCHITECTURES, MAX_POSITIONS, build_model
 from torch.testing import assert_close
+from zoo_models import build_zoo_model
 
 from peft_prefix_plus import PrefixPlusConfig
 from peft_prefix_plus.positions import (
@@ -210,12 +211,51 @@ def test_other_hooks_stay():
     base = build_model("llama")
     calls = []
     base.register_forward_pre_hook(lambda module, args, kwargs: calls.append(1), with_kwargs=True)
-    align_positions(base)
-    align_positions(base)
+    align_positions(base, "one", 0)
+    align_positions(base, "other", 3)
     assert count_hooks(base) == 1
     stop_aligning_positions(base)
     base(draw_tokens())
     assert count_hooks(base) == 0 and calls == [1]
+
+
+def test_several_adapters_move_the_input_by_the_sum_where_a_start_counts():
+    base = build_zoo_model("causal", "ctrl")
+    model, ids = add_prefix(base), draw_tokens()
+    add_second(model, [3, 4, 6])
+    starts = []
+    base.register_forward_pre_hook(
+        lambda module, args, kwargs: starts.append(int(kwargs["position_ids"][0, 0])), with_kwargs=True
+    )
+    for adapters in (["default"], ["other"], ["default", "other"]):
+        model.base_model.set_adapter(adapters)
+        model.base_model(ids)
+    assert starts == [P, 3, P + 3] and count_hooks(base) == 1
+    model.unload()
+    assert count_hooks(base) == 0
+
+
+def test_the_input_goes_on_behind_the_cache_where_a_start_counts():
+    model, ids = add_prefix(build_zoo_model("causal", "ctrl")), draw_tokens()
+    whole = model(ids, use_cache=True).logits
+    first = model(ids[:, :5], use_cache=True)
+    second = model(ids[:, 5:], past_key_values=first.past_key_values).logits
+    assert_close(second, whole[:, 5:], **TOLERANCE)
+
+
+@pytest.mark.parametrize(("stack", "moves"), [("encoder", True), ("decoder", True), ("cross", False)])
+def test_an_encoder_and_a_decoder_move_by_themselves(stack, moves):
+    targets = {
+        "encoder": r".*\.encoder\..*self_attn",
+        "decoder": r".*\.decoder\..*self_attn",
+        "cross": ["encoder_attn"],
+    }
+    config = PrefixPlusConfig(
+        task_type="SEQ_2_SEQ_LM", prefix_init_token_ids=INIT_TOKEN_IDS, target_modules=targets[stack]
+    )
+    model = get_peft_model(build_zoo_model("seq2seq", "bart"), config)
+    moved = [name for name, module in model.named_modules() if isinstance(module, ShiftedPositionEmbedding)]
+    assert moved == ([f"base_model.model.model.{stack}.embed_positions"] if moves else [])
 
 
 @learned

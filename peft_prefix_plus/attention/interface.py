@@ -1,0 +1,57 @@
+"""The attention function of routed modules: prepend the prefix, then attend as the model would."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..geometry import compute_key_bias
+from ..states import PrefixStates
+from .delivery import current_recorder, take_prefix
+from .dense import attend_eager, attend_sdpa
+from .flash import attend_flash
+from .flex import attend_flex
+from .prepending import match_prefix
+from .routing import MaskContract, UnroutedModule, find_mask_contract, original_config, resolve_attention_function
+
+_ATTEND: dict[MaskContract, Callable[..., tuple[Tensor, Tensor | None]]] = {
+    MaskContract.EAGER: attend_eager,
+    MaskContract.SDPA: attend_sdpa,
+    MaskContract.FLEX: attend_flex,
+    MaskContract.FLASH: attend_flash,
+}
+
+
+def prefix_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attend to the prefix and the tokens; every argument is as the model's own attention function gets it.
+
+    Args:
+        module (`nn.Module`): the routed attention module.
+        query (`torch.Tensor`): `[batch, heads, queries, key_dim]`.
+        key (`torch.Tensor`): `[batch, kv_heads, tokens, key_dim]`.
+        value (`torch.Tensor`): `[batch, kv_heads, tokens, value_dim]`.
+        attention_mask (`torch.Tensor` or `BlockMask`, *optional*): what the real implementation gets.
+        *args, **kwargs: passed on.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor | None]`: output `[batch, queries, heads, value_dim]`, and the weights, whose
+        first columns are the prefix's, if the real implementation returns them.
+    """
+    implementation = (original_config(module)._attn_implementation or "eager").removeprefix("paged|")
+    contract = find_mask_contract(implementation)
+    attend = resolve_attention_function(module, implementation)
+    recorder = current_recorder()
+    if recorder is not None:
+        recorder.record(module, PrefixStates(key, value))
+        return attend(UnroutedModule(module), query, key, value, attention_mask, *args, **kwargs)
+    prefix = match_prefix(take_prefix(module), key, value)
+    prefix = prefix._replace(bias=compute_key_bias(module, prefix.values))
+    return _ATTEND[contract](attend, module, query, key, value, attention_mask, prefix, *args, **kwargs)

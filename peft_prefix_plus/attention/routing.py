@@ -1,0 +1,130 @@
+"""Sends attention modules of transformers through another attention function, and finds their own.
+
+An attention module asks `ALL_ATTENTION_FUNCTIONS` for the function that its config names. A routed module has its own
+copy of the config, which names `ROUTE_NAME`; the model's config keeps the real name, so masks are still made for the
+real implementation.
+"""
+
+import copy
+from collections.abc import Callable
+from enum import Enum
+from typing import Any, NoReturn
+
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+from ..geometry import find_attention_call
+
+ROUTE_NAME = "prefix_plus"
+
+AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+class MaskContract(Enum):
+    """In which form an attention implementation is told what a query may see."""
+
+    #: A mask of four axes, or `None` where nothing is hidden.
+    EAGER = "eager"
+    #: The same, or `None` where the `is_causal` flag says it all.
+    SDPA = "sdpa"
+    #: A `BlockMask`.
+    FLEX = "flex_attention"
+    #: A padding mask of two axes, or none; causality and windows are arguments.
+    FLASH = "flash_attention_2"
+
+
+def route_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return a shallow copy of a config that sends an attention module to [`prefix_attention_forward`].
+
+    Only the attention module may get the copy: masks are made from the model's own config.
+
+    Args:
+        config (`PreTrainedConfig`): the config that the module shares with its model.
+
+    Returns:
+        `PreTrainedConfig`: its attribute `prefix_plus_original` is the config itself.
+    """
+    routed = copy.copy(config)
+    # Not through the property, whose setter would write into the sub-configs, and those are shared with the model.
+    routed._attn_implementation_internal = ROUTE_NAME
+    routed.prefix_plus_original = config
+    return routed
+
+
+def original_config(module: nn.Module) -> PreTrainedConfig:
+    """Return the config that an attention module shares with its model, routed or not."""
+    config: PreTrainedConfig = module.config
+    while hasattr(config, "prefix_plus_original"):
+        config = config.prefix_plus_original
+    return config
+
+
+def find_mask_contract(implementation: str | None) -> MaskContract:
+    """Return how an attention implementation takes its mask: by the mask maker registered under its name.
+
+    Args:
+        implementation (`str`, *optional*): e.g. `"sdpa"`, or the name of a kernel or of a function of the user's.
+
+    Raises:
+        ValueError: if the name has no mask maker, or one of an unknown kind.
+    """
+    makers = ALL_MASK_ATTENTION_FUNCTIONS
+    implementation = implementation or MaskContract.EAGER.value
+    if implementation in makers:
+        for contract in MaskContract:
+            if makers[implementation] is makers[contract.value]:
+                return contract
+    raise ValueError(
+        f"PrefixPlus cannot tell how the attention implementation {implementation!r} takes its mask. Use "
+        "`model.set_attn_implementation('sdpa')`; or register for your own function, under the same name, the mask "
+        "maker of an implementation that takes the same masks: "
+        f"`AttentionMaskInterface.register({implementation!r}, ALL_MASK_ATTENTION_FUNCTIONS['sdpa'])`."
+    )
+
+
+def resolve_attention_function(module: nn.Module, implementation: str) -> AttentionFunction:
+    """Look up the function that `implementation` stands for in the modeling file of an attention module.
+
+    Args:
+        module (`nn.Module`): an attention module for which [`find_attention_call`] finds its call.
+        implementation (`str`): a name such as `"sdpa"`.
+
+    Returns:
+        `AttentionFunction`: `"eager"` stands for the file's own `eager_attention_forward`.
+    """
+    call = find_attention_call(type(module))
+    if call is None:
+        raise TypeError(f"{type(module).__name__} does not use the attention interface of transformers.")
+    namespace = call.__globals__
+    eager = namespace.get("eager_attention_forward")
+    function: AttentionFunction = namespace["ALL_ATTENTION_FUNCTIONS"].get_interface(implementation, eager)
+    if function is None:
+        raise ValueError(
+            f"The file of {type(module).__name__} has no `eager_attention_forward`; use "
+            "`model.set_attn_implementation('sdpa')`."
+        )
+    return function
+
+
+class UnroutedModule:
+    """A routed attention module as it is without its route; for attention functions that read its config again.
+
+    Args:
+        module (`nn.Module`): a routed attention module.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self.config = original_config(module)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+def refuse_mask(*args: Any, **kwargs: Any) -> NoReturn:
+    """The mask maker registered for `ROUTE_NAME`: without one, transformers would leave out the mask in silence."""
+    raise RuntimeError(
+        f"{ROUTE_NAME!r} is not an attention implementation for models: it routes attention modules that carry a "
+        "prefix. Load the model with `attn_implementation='sdpa'` and give it a prefix with `get_peft_model`."
+    )
