@@ -46,7 +46,7 @@ def capture_prefix_states(model: PreTrainedModel, input_ids: Tensor | list[int])
         the model's dtype.
 
     Raises:
-        CaptureError: if the tokens do not fit the vocabulary or the table of positions, or the model cannot be captured.
+        CaptureError: if the tokens do not fit the vocabulary or the table of positions, or there are no weights yet.
     """
     if isinstance(model, PeftModel):
         model = model.get_base_model()

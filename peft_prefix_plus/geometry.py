@@ -210,11 +210,11 @@ def _search_attention_call(module_class: type[nn.Module]) -> FunctionType | None
 def computes_attention(module_class: type[nn.Module]) -> bool:
     """Whether a class that does not ask the attention interface is one that takes a softmax over attention scores."""
     name = module_class.__name__
-    if name in _SPARSE_ATTENTION or re.search(r"(attention|attn)\d*$", name, re.IGNORECASE) is None:
+    if name in _SPARSE_ATTENTION or re.search("(attention|attn)$", name, re.IGNORECASE) is None:
         return False
     return any(
         inspect.isfunction(function)
-        and not _ATTENTION_FUNCTIONS.isdisjoint(inspect.unwrap(function).__code__.co_names)  # type: ignore[attr-defined]
+        and not _ATTENTION_FUNCTIONS.isdisjoint(inspect.unwrap(function).__code__.co_names)
         for owner in module_class.__mro__
         if owner is not nn.Module
         for function in vars(owner).values()
@@ -271,11 +271,18 @@ def find_attention_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 def explain_missing_attention(model: nn.Module) -> str:
     """Say why a model without a module from [`find_attention_modules`] cannot carry a prefix, and what to do."""
-    sparse = sorted({type(module).__name__ for module in model.modules()} & _SPARSE_ATTENTION)
+    classes = {type(module).__name__ for module in model.modules()}
+    sparse = sorted(classes & _SPARSE_ATTENTION)
+    fixed = sorted(name for name in classes if name.endswith("FlashAttention2"))
+    if fixed:
+        return (
+            f"has attention modules that call flash kernels by themselves ({fixed[0]}). Load it with "
+            "`attn_implementation='sdpa'` or `'eager'`."
+        )
     if not sparse:
         return (
-            "has no softmax attention that a prefix could be put in front of. A state-space or linear-attention model "
-            "keeps a recurrent state instead of keys and values; use another method, such as LoRA."
+            "has no softmax attention that a prefix could be put in front of: convolutions, state-space layers and "
+            "linear attention have no keys and values of single tokens. Use another method, such as LoRA."
         )
     remedy = "Load the model with `attention_type='original_full'`" if "BigBird" in sparse[0] else "Use another method"
     return (
@@ -286,7 +293,8 @@ def explain_missing_attention(model: nn.Module) -> str:
 
 def is_cross_attention(name: str) -> bool:
     """Whether an attention module, by its name in the model, attends to the output of an encoder."""
-    return re.search("cross|encoder_attn|encdec|enc_dec", name.rpartition(".")[2].lower()) is not None
+    ending = ".".join(name.lower().split(".")[-2:])
+    return re.search("cross|encoder_attn|encdec|encoder_decoder_attention", ending) is not None
 
 
 def find_owner(model: nn.Module, name: str) -> str:

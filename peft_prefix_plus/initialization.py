@@ -180,9 +180,17 @@ def build_initial_states(
 
     Returns:
         `dict[str, InitialStates]`: for the names in `lengths`; random for a module that could not be captured.
+
+    Raises:
+        ValueError: if one could not be captured, and the user has named the tokens.
     """
     generator = torch.Generator().manual_seed(config.prefix_init_seed)
     unreached = [name for name in lengths if name not in captured]
+    if unreached and config.prefix_init in ("text", "tokens"):
+        raise ValueError(
+            f"The modules {unreached} took no part in the model's forward over the init tokens, so their prefix cannot "
+            "start from them. Exclude them with `exclude_modules`, or set `prefix_init='random'`."
+        )
     if unreached:
         warnings.warn(
             f"{len(unreached)} modules, such as {unreached[0]}, cannot be run over tokens alone, so their prefix "
@@ -225,6 +233,6 @@ def _build_states(prefix_init: str, captured: PrefixStates, length: int, generat
 
 
 def _root_mean_square(states: Tensor) -> Tensor:
-    """`[1, kv_heads, tokens, dim]` to `[1, kv_heads, 1, 1]`; 1 for a head without any signal, which could not train."""
+    """`[1, kv_heads, tokens, dim]` to `[1, kv_heads, 1, 1]`; 1 where there is no signal, which could not train."""
     scale = states.square().mean(dim=(-2, -1), keepdim=True).sqrt()
     return torch.where(scale == 0, 1.0, scale)

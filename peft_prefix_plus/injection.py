@@ -78,8 +78,9 @@ def plan_injection(config: PrefixPlusConfig, model: PreTrainedModel) -> Injectio
         chosen = _choose_targets(model, modules)
         if not config.prefix_is_initialized:
             captured = capture_states(config, model, chosen, config.max_num_virtual_tokens, init_token_ids)
-            # Others take no part in the model's forward, such as cross-attention without an encoder.
-            chosen = [name for name in chosen if name in captured] or chosen
+            if takes_argument(model, "input_ids"):
+                # Others take no part in a forward over text, such as what reads images.
+                chosen = [name for name in chosen if name in captured] or chosen
         config = dataclasses.replace(config, target_modules=_name_targets(model, chosen))
     lengths = _resolve_lengths(config, model, modules)
     for name in lengths:

@@ -18,7 +18,6 @@ from .geometry import (
 )
 from .layer import PrefixPlusLayer, PrefixPlusLayerBase
 
-
 # How arguments of a multimodal model begin that hold images or sound.
 MEDIA_ARGUMENTS = ("pixel_values", "image", "video", "audio", "input_features")
 

@@ -92,7 +92,12 @@ def compute_logits(model: nn.Module, ids: Tensor, mask: Tensor | None = None) ->
 @pytest.mark.parametrize(
     ("name", "lengths"),
     # A causal XLM does not hide padding.
-    [(name, [7, length]) for name in DECODERS for length in (7, 4, 1) if length == 7 or name != "xlm"],
+    [
+        (name, lengths)
+        for name in DECODERS
+        for lengths in ([7, 7], [7, 4], [1, 1])
+        if name != "xlm" or lengths != [7, 4]
+    ],
     ids=str,
 )
 def test_a_captured_prefix_equals_the_prompt(name, lengths):
@@ -101,7 +106,7 @@ def test_a_captured_prefix_equals_the_prompt(name, lengths):
         compute_logits(base, torch.cat([prompt, row[None, :length]], dim=1))[0, P:]
         for row, length in zip(rows, lengths, strict=True)
     ]
-    ids, mask = pad_rows(rows, lengths, "left")
+    ids, mask = pad_rows(rows[:, : max(lengths)], lengths, "left")
     logits = compute_logits(build_prefixed(name), ids, mask)
     for i in range(2):
         assert_close(logits[i][mask[i].bool()], expected[i], **TOLERANCE)
@@ -335,13 +340,18 @@ def draw_problem(num_keys: int = 4) -> tuple[tuple[Tensor, Tensor, Tensor, Tenso
     return (query, key, value, visible), prefix
 
 
+HIDING = torch.tensor([[True, False, True, True, True], [False, True, True, True, False]])
+
+
 def attend_to_both(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, prefix: PrefixStates):
     """Attention to a prefix in front of the keys, as it stands in the books."""
     keys, values = (
         torch.cat([part.expand(2, -1, -1, -1), own], dim=2) for part, own in zip(prefix[:2], (key, value), strict=True)
     )
     scores = query @ keys.transpose(-1, -2) / math.sqrt(query.shape[-1])
-    weights = scores.masked_fill(~F.pad(visible, (P, 0), value=True), -math.inf).softmax(dim=-1)
+    shown = torch.ones(2, P, dtype=torch.bool) if prefix.mask is None else prefix.mask
+    visible = torch.cat([shown[:, None, None].expand(-1, -1, visible.shape[2], -1), visible], dim=-1)
+    weights = scores.masked_fill(~visible, -math.inf).softmax(dim=-1)
     return weights @ values, weights[..., P:]
 
 
@@ -351,9 +361,33 @@ def attend_to_both(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, p
     ids=lambda settings: next(iter(settings.values())),
 )
 @pytest.mark.parametrize("num_keys", [4, 1])
-def test_what_a_module_does_to_its_scores_is_done_to_those_of_the_prefix(settings, num_keys):
+@pytest.mark.parametrize("mask", [None, HIDING, HIDING[:1]], ids=["whole", "masked-by-row", "masked"])
+def test_what_a_module_does_to_its_scores_is_done_to_those_of_the_prefix(settings, num_keys, mask):
     problem, prefix = draw_problem(num_keys)
+    prefix = prefix._replace(mask=None if mask is None else mask.expand(2, -1))
     output, weights = attend_with_prefix(OwnAttention(**settings), prefix, *problem)
+    expected_output, expected_weights = attend_to_both(*problem, prefix)
+    assert_close(output, expected_output, atol=1e-5, rtol=1e-4)
+    assert_close(weights, expected_weights, atol=1e-5, rtol=1e-4)
+
+
+class FlatAttention(nn.Module):
+    """The same with batch and heads on one axis, up to the end."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
+        scores = torch.bmm(query.flatten(0, 1), key.flatten(0, 1).transpose(1, 2)) / math.sqrt(query.shape[-1])
+        scores = scores.masked_fill(~visible.expand(-1, query.shape[1], -1, -1).flatten(0, 1), -1e9)
+        weights = F.softmax(scores, dim=-1)
+        output = torch.bmm(weights, value.flatten(0, 1))
+        return output.unflatten(0, query.shape[:2]), weights.unflatten(0, query.shape[:2])
+
+
+@pytest.mark.parametrize("num_keys", [4, 1])
+@pytest.mark.parametrize("mask", [None, HIDING], ids=["whole", "masked-by-row"])
+def test_heads_may_stand_in_the_batch(num_keys, mask):
+    problem, prefix = draw_problem(num_keys)
+    prefix = prefix._replace(mask=mask)
+    output, weights = attend_with_prefix(FlatAttention(), prefix, *problem)
     expected_output, expected_weights = attend_to_both(*problem, prefix)
     assert_close(output, expected_output, atol=1e-5, rtol=1e-4)
     assert_close(weights, expected_weights, atol=1e-5, rtol=1e-4)

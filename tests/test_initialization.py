@@ -282,6 +282,14 @@ def test_a_module_that_cannot_be_reached_starts_from_random_numbers_of_its_shape
     assert torch.equal(scale.keys, torch.ones(1, 2, 1, 1)) and torch.equal(scale.values, torch.ones(1, 2, 1, 1))
 
 
+@pytest.mark.parametrize("prefix_init", ["tokens", "text"])
+def test_a_module_that_the_named_tokens_do_not_reach_raises(prefix_init):
+    named = {"prefix_init_token_ids": [3, 4, 5]} if prefix_init == "tokens" else {"prefix_init_text": TEXT}
+    geometry = AttentionGeometry(2, 8, 8, torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"\['model.elsewhere'\] took no part.*exclude_modules"):
+        build_initial_states(PrefixPlusConfig(**named), {"model.elsewhere": 3}, {"model.elsewhere": geometry}, {})
+
+
 def test_a_module_that_is_captured_warns_of_nothing():
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -122,7 +122,7 @@ def test_supported_types_are_those_that_pass():
 
 
 def test_an_unknown_group_raises():
-    with pytest.raises(ValueError, match="'decoder'.*causal"):
+    with pytest.raises(ValueError, match=r"'decoder'.*causal"):
         supported_model_types("decoder")
 
 

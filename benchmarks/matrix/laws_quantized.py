@@ -2,22 +2,22 @@
 
 import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from checks import INIT_TOKEN_IDS, NotApplicableError
 from laws_forward import Comparison, run
-from mode_subjects import Builder, ModeSubject, set_implementation
+from mode_subjects import Builder, ModeSubject
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from transformers.integrations.gguf import kernels as gguf_kernels
+from transformers.quantizers import quantizer_gguf
 
 from peft_prefix_plus import PrefixPlusConfig
-from peft_prefix_plus.base_models import find_wheel_model
 
+QUANTIZED_MODULES = ("GgufLinear", "Linear4bit", "HQQLinear", "QLinear")
 # Wide enough for the blocks of every method.
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -71,27 +71,60 @@ class GgufStandIn:
         return x.float() @ rows.T
 
 
-def build_packed_gguf(implementation: str) -> PreTrainedModel:
-    """SmolLM2-135M-Instruct with its weights left in the blocks of its file."""
-    from transformers.quantizers import quantizer_gguf
+def write_gguf(path: Path) -> None:
+    """Write a tiny LFM2 that has attention in all of its layers, in blocks of 8 bits."""
+    heads, kv_heads, hidden, intermediate, vocab_size = 4, 2, 64, 128, 96
+    shapes = {"token_embd": (vocab_size, hidden)}
+    norms = {"token_embd_norm": hidden}
+    for index in range(2):
+        block = f"blk.{index}."
+        norms |= {block + name: hidden for name in ("attn_norm", "ffn_norm")}
+        norms |= {block + name: hidden // heads for name in ("attn_q_norm", "attn_k_norm")}
+        shapes |= {block + name: (hidden, hidden) for name in ("attn_q", "attn_output")}
+        shapes |= {block + name: (hidden * kv_heads // heads, hidden) for name in ("attn_k", "attn_v")}
+        shapes |= {block + name: (intermediate, hidden) for name in ("ffn_gate", "ffn_up")}
+        shapes[block + "ffn_down"] = (hidden, intermediate)
+    writer = gguf.GGUFWriter(str(path), "lfm2")
+    for name, size in (
+        ("context_length", 64),
+        ("embedding_length", hidden),
+        ("feed_forward_length", intermediate),
+        ("block_count", 2),
+        ("attention.head_count", heads),
+        ("shortconv.l_cache", 3),
+    ):
+        writer.add_uint32(f"lfm2.{name}", size)
+    writer.add_array("lfm2.attention.head_count_kv", [kv_heads] * 2)
+    writer.add_float32("lfm2.attention.layer_norm_rms_epsilon", 1e-5)
+    writer.add_float32("lfm2.rope.freq_base", 1e4)
+    writer.add_token_list([str(index) for index in range(vocab_size)])
+    generator = np.random.default_rng(0)
+    blocks = gguf.GGMLQuantizationType.Q8_0
+    for name, shape in shapes.items():
+        weight = generator.normal(scale=0.2, size=shape).astype(np.float32)
+        writer.add_tensor(f"{name}.weight", gguf.quants.quantize(weight, blocks), raw_dtype=blocks)
+    for name, length in norms.items():
+        writer.add_tensor(f"{name}.weight", np.ones(length, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
-    path = find_wheel_model()
-    kernel = GgufStandIn()
-    original = quantizer_gguf.get_gguf_kernel
-    gguf_kernels._gguf_kernel = quantizer_gguf.get_gguf_kernel = lambda: kernel  # type: ignore[assignment]
-    gguf_kernels._gguf_kernel = kernel  # type: ignore[assignment]
-    try:
+
+def build_packed_gguf(implementation: str) -> PreTrainedModel:
+    """Load a GGUF file, its weights left in blocks; of Llama, transformers 5.23 unpacks such files."""
+    kernel: Any = GgufStandIn()
+    with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
+        write_gguf(Path(directory) / "tiny.gguf")
+        patch.setattr(quantizer_gguf, "get_gguf_kernel", lambda: kernel)
         model = AutoModelForCausalLM.from_pretrained(
-            str(path.parent),
-            gguf_file=path.name,
+            directory,
+            gguf_file="tiny.gguf",
             dtype=torch.float32,
             attn_implementation=implementation,
             quantization_config=transformers.GgufConfig(dequantize=False),
         )
-    finally:
-        quantizer_gguf.get_gguf_kernel = original
-    if not any(type(module).__name__ == "GgufLinear" for module in model.modules()):
-        raise NotApplicableError("transformers unpacked the file")
+    gguf_kernels._gguf_kernel = kernel
     return model.eval()
 
 
@@ -104,7 +137,7 @@ def law_quantized_base(
     """
     name = subject.implementation.name
     base = build_packed_gguf(name) if quantize is None else build_quantized(quantize, name)
-    if not any("quant" in str(type(value)).lower() or "uint8" in str(value.dtype) for value in _weights(base)):
+    if not any(type(module).__name__ in QUANTIZED_MODULES or is_quantized(module) for module in base.modules()):
         raise NotApplicableError("the weights were not quantized")
     ids = torch.tensor([[9, 31, 57, 14, 8, 60, 22]])
     prompt = torch.tensor([INIT_TOKEN_IDS])
@@ -137,7 +170,9 @@ def is_plain(build: Builder) -> bool:
     return not build.args[0]  # type: ignore[attr-defined]
 
 
-def _weights(model: nn.Module) -> list[Any]:
-    return [
-        getattr(module, "weight", None) for module in model.modules() if getattr(module, "weight", None) is not None
-    ]
+def is_quantized(module: nn.Module) -> bool:
+    """Whether a module has a weight of a class that stands for quantized numbers."""
+    weight = vars(module).get("_parameters", {}).get("weight")
+    return weight is not None and "Quantized" in type(weight.data).__name__ + type(weight).__name__ + "".join(
+        base.__name__ for base in type(weight.data).__mro__
+    )

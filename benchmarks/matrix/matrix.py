@@ -131,7 +131,6 @@ def main() -> None:
         for group in arguments.groups:
             print(method, group, dict(summarize(rows, group, method)))
     if arguments.output or not (arguments.types or len(arguments.groups) < len(GROUPS)):
-        versions = {name: version(name) for name in ("torch", "transformers", "peft", "peft-prefix-plus")}
         write_matrix(arguments.output or RESULTS, rows)
 
 

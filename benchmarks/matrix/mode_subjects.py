@@ -12,14 +12,13 @@ from typing import Any
 import pytest
 import torch
 from checks import INIT_TOKEN_IDS, LENGTH, NotApplicableError, trainable
-from peft import PeftModel, get_peft_model
 from matrix import configure_prefix_plus
+from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from zoo import NUM_PATCHES, PATCH_SIZE, build_inputs, build_tiny_model
 
-from peft_prefix_plus.attention import resolve_attention_function
 from peft_prefix_plus.geometry import find_attention_modules, uses_attention_interface
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))

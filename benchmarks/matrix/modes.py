@@ -26,8 +26,8 @@ import torch
 from checks import ATOL, RTOL, FailedError, NotApplicableError
 from laws_forward import Comparison, Law
 from laws_generation import HUB_MODES, with_settings
-from mode_subjects import IMPLEMENTATIONS, REPRESENTATIVES, ModeSubject
 from matrix import time_limit
+from mode_subjects import IMPLEMENTATIONS, REPRESENTATIVES, ModeSubject
 
 SECONDS_PER_CELL = 120
 # Errors that are documented, by a pattern of their message.
