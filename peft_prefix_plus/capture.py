@@ -10,8 +10,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .attention import record_states
-from .geometry import (
+from .architectures import (
     count_codebooks,
     count_positions,
     count_token_embeddings,
@@ -22,6 +21,7 @@ from .geometry import (
     takes_argument,
     uses_absolute_positions,
 )
+from .attention import record_states
 from .layer import PrefixPlusLayerBase
 from .states import PrefixStates
 

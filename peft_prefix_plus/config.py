@@ -32,7 +32,7 @@ class PrefixPlusConfig(PeftConfig):
             mapped to a length. 0 leaves a layer without a prefix.
         target_modules (`list[str]` or `str`, *optional*):
             Attention modules that get a prefix: names or name endings, or a regular expression for the whole name.
-            `None` (default): all that a forward over text reaches; in encoder-decoder models self- and cross-attention.
+            `None` (default): all that a forward over text reaches, cross-attention of encoder-decoders included.
         exclude_modules (`list[str]` or `str`, *optional*):
             Attention modules that get none; same forms.
         layers_to_transform (`list[int]` or `int`, *optional*):
@@ -80,7 +80,8 @@ class PrefixPlusConfig(PeftConfig):
         default_factory=dict, metadata={"help": "Module name or regex -> prefix length of that layer; 0: none."}
     )
     target_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Attention modules that get a prefix; None: all that a forward over text reaches."}
+        default=None,
+        metadata={"help": "Attention modules that get a prefix; None: all that text reaches."},
     )
     exclude_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Attention modules that get no prefix."}

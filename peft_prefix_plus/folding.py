@@ -8,9 +8,9 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .architectures import AttentionGeometry
 from .config import PrefixPlusConfig
 from .encoders import PrefixEncoder, build_encoder, fold_encoder
-from .geometry import AttentionGeometry
 
 _ENCODER = ".prefix_plus_encoder."
 

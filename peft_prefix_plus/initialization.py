@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
+from .architectures import AttentionGeometry, count_token_embeddings, find_stacks, takes_tokens
 from .capture import CaptureError, capture_noise_states, capture_prefix_states
 from .config import DEFAULT_NUM_VIRTUAL_TOKENS, PrefixPlusConfig
-from .geometry import AttentionGeometry, count_token_embeddings, find_stacks, takes_tokens
 from .states import PrefixStates
 
 
@@ -188,8 +188,8 @@ def build_initial_states(
     unreached = [name for name in lengths if name not in captured]
     if unreached and config.prefix_init in ("text", "tokens"):
         raise ValueError(
-            f"The modules {unreached} took no part in the model's forward over the init tokens, so their prefix cannot "
-            "start from them. Exclude them with `exclude_modules`, or set `prefix_init='random'`."
+            f"The modules {unreached} took no part in the model's forward over the init tokens, so their prefix "
+            "cannot start from them. Exclude them with `exclude_modules`, or set `prefix_init='random'`."
         )
     if unreached:
         warnings.warn(

@@ -10,9 +10,7 @@ from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 from transformers import PreTrainedModel
 
-from .attention import find_mask_contract, original_config
-from .config import PrefixPlusConfig, match_module_pattern
-from .geometry import (
+from .architectures import (
     AttentionGeometry,
     belongs_to_text,
     explain_missing_attention,
@@ -25,6 +23,8 @@ from .geometry import (
     takes_argument,
     uses_attention_interface,
 )
+from .attention import find_mask_contract, original_config
+from .config import PrefixPlusConfig, match_module_pattern
 from .initialization import (
     InitialStates,
     build_initial_states,

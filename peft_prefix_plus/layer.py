@@ -8,10 +8,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedConfig
 
+from .architectures import read_batch_size, uses_attention_interface
 from .attention import attend_with_prefix, original_config, route_config
 from .dropout import PrefixDropout
 from .encoders import PrefixEncoder, fold_encoder
-from .geometry import read_batch_size, uses_attention_interface
 from .states import PrefixStates, concatenate_states
 
 

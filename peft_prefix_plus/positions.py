@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .geometry import (
+from .architectures import (
     count_positions,
     counts_positions_itself,
     find_first_position,
@@ -128,7 +128,7 @@ class PositionAligner:
     @staticmethod
     def _find_active_adapters(model: nn.Module) -> list[str]:
         layers = (module for module in model.modules() if isinstance(module, PrefixPlusLayer))
-        return next((names for names in (layer.list_effective_adapters() for layer in layers) if names), [])
+        return list(dict.fromkeys(name for layer in layers for name in layer.list_effective_adapters()))
 
 
 def align_positions(model: PreTrainedModel, adapter_name: str, num_virtual_tokens: int) -> None:

@@ -8,8 +8,7 @@ from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 from zoo_models import build_zoo_model
 
-from peft_prefix_plus.alibi import AlibiSlopes, read_alibi_slopes
-from peft_prefix_plus.geometry import find_attention_modules
+from peft_prefix_plus.architectures import AlibiSlopes, find_attention_modules, read_alibi_slopes
 
 # Powers of two and others follow different rules; MPT knows those of at least two heads.
 heads = pytest.mark.parametrize("num_heads", [2, 3, 4, 6, 8, 12])

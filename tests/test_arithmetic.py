@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 from zoo_models import build_zoo_model, draw_text
 
 from peft_prefix_plus import PrefixPlusConfig, PrefixPlusLayer, PrefixStates, capture_prefix_states
+from peft_prefix_plus.architectures import find_attention_modules, takes_argument, uses_attention_interface
 from peft_prefix_plus.attention import attend_with_prefix, record_states
-from peft_prefix_plus.geometry import find_attention_modules, takes_argument, uses_attention_interface
 
 P = len(INIT_TOKEN_IDS)
 TOLERANCE = {"atol": 2e-5, "rtol": 2e-4}

@@ -18,6 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from peft_prefix_plus import PrefixPlusConfig, PrefixStates
+from peft_prefix_plus.architectures import find_attention_call, find_attention_modules, read_geometry
 from peft_prefix_plus.attention import (
     ROUTE_NAME,
     attend_with_prefix,
@@ -33,7 +34,6 @@ from peft_prefix_plus.attention import (
 )
 from peft_prefix_plus.dropout import PrefixDropout
 from peft_prefix_plus.encoders import build_encoder
-from peft_prefix_plus.geometry import find_attention_call, find_attention_modules, read_geometry
 from peft_prefix_plus.layer import PrefixPlusLayer
 
 KEY_DIM, VALUE_DIM = 3, 4

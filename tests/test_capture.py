@@ -12,8 +12,8 @@ from transformers import DynamicCache
 from zoo_models import build_zoo_model
 
 from peft_prefix_plus import PrefixPlusConfig, PrefixStates, capture_prefix_states
+from peft_prefix_plus.architectures import find_attention_modules, is_cross_attention
 from peft_prefix_plus.capture import capture_noise_states
-from peft_prefix_plus.geometry import find_attention_modules, is_cross_attention
 
 IDS = [11, 23, 5, 42, 7]
 architectures = pytest.mark.parametrize("name", ARCHITECTURES)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from peft_prefix_plus.architectures import AttentionGeometry
 from peft_prefix_plus.encoders import PROJECTIONS, DirectPrefix, PrefixEncoder, build_encoder, fold_encoder
-from peft_prefix_plus.geometry import AttentionGeometry
 from peft_prefix_plus.states import PrefixStates
 
 HEADS, KEY_DIM, VALUE_DIM, TOKENS, WIDTH = 2, 6, 4, 5, 3

@@ -14,8 +14,8 @@ from torch.testing import assert_close
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from peft_prefix_plus import PrefixPlusConfig, PrefixPlusLayer, capture_prefix_states
+from peft_prefix_plus.architectures import AttentionGeometry, find_attention_modules, read_geometry
 from peft_prefix_plus.config import DEFAULT_NUM_VIRTUAL_TOKENS, PREFIX_INITS
-from peft_prefix_plus.geometry import AttentionGeometry, find_attention_modules, read_geometry
 from peft_prefix_plus.initialization import (
     build_initial_states,
     capture_states,

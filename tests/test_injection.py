@@ -10,7 +10,7 @@ from torch import nn
 from zoo_models import build_zoo_model
 
 from peft_prefix_plus import PrefixPlusConfig, PrefixPlusLayer
-from peft_prefix_plus.geometry import find_attention_modules
+from peft_prefix_plus.architectures import find_attention_modules
 
 P = len(INIT_TOKEN_IDS)
 

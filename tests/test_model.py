@@ -26,9 +26,9 @@ from tiny_models import build_model
 from transformers import PreTrainedModel
 
 from peft_prefix_plus import PrefixPlusConfig, PrefixPlusLayer, PrefixPlusModel, PrefixStates
+from peft_prefix_plus.architectures import read_geometry
 from peft_prefix_plus.dropout import PrefixDropout
 from peft_prefix_plus.encoders import DirectPrefix
-from peft_prefix_plus.geometry import read_geometry
 
 P = len(INIT_TOKEN_IDS)
 

@@ -74,7 +74,10 @@ def refuse(error: Exception):
         (compare(1.0, 1.0), "fail: FailedError: differs by 1.0e+00"),
         (refuse(NotApplicableError("why")), "n/a: why"),
         (refuse(KeyError("x")), "fail: KeyError: 'x'"),
-        (refuse(ValueError("Flash kernels take no bias for single keys, or")), "error: ValueError: Flash kernels take"),
+        (
+            refuse(ValueError("Flash kernels take no bias for single keys, or")),
+            "error: ValueError: Flash kernels take",
+        ),
         (lambda *args: Comparison([torch.ones(2)], [torch.ones(2)]), "fail: FailedError: the prefix has no effect"),
         (lambda subject, build: 1 / 0, "n/a: the base model cannot: ZeroDivisionError: division by zero"),
     ],

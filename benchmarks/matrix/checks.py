@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from zoo import build_inputs, build_tiny_model
 
 from peft_prefix_plus import PrefixPlusConfig
-from peft_prefix_plus.geometry import belongs_to_text, explain_missing_attention, find_attention_modules
+from peft_prefix_plus.architectures import belongs_to_text, explain_missing_attention, find_attention_modules
 
 LENGTH = 7
 INIT_TOKEN_IDS = [11, 23, 5, 42, 7]

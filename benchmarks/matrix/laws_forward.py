@@ -12,7 +12,7 @@ from mode_subjects import NUM_VIRTUAL_TOKENS, Builder, ModeSubject, set_implemen
 from peft import PeftModel
 from torch import Tensor, nn
 
-from peft_prefix_plus.geometry import find_position_tables
+from peft_prefix_plus.architectures import find_position_tables
 
 
 class Comparison(NamedTuple):

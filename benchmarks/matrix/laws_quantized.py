@@ -2,8 +2,12 @@
 
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
+import pytest
 import torch
 import transformers
 from checks import INIT_TOKEN_IDS, NotApplicableError

@@ -19,7 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from zoo import NUM_PATCHES, PATCH_SIZE, build_inputs, build_tiny_model
 
-from peft_prefix_plus.geometry import find_attention_modules, uses_attention_interface
+from peft_prefix_plus.architectures import find_attention_modules, uses_attention_interface
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ..geometry import uses_attention_interface
+from ..architectures import uses_attention_interface
 from ..states import PrefixStates
 from .arithmetic import attend_by_arithmetic, record_arithmetic
 from .delivery import StatesRecorder, deliver_prefix, listen

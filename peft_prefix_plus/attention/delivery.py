@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from ..geometry import count_attention_calls
+from ..architectures import count_attention_calls
 from ..states import PrefixStates
 
 

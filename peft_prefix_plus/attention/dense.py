@@ -1,6 +1,5 @@
 """Attention with a prefix where masks are tensors of four axes: eager, sdpa, and their paged forms."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,8 +7,7 @@ from torch import Tensor, nn
 
 from ..states import PrefixStates
 from .prepending import extend_mask, prepend_prefix
-
-AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
+from .routing import AttentionFunction
 
 
 def attend_eager(

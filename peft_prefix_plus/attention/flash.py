@@ -1,6 +1,5 @@
 """Attention with a prefix on flash kernels, which take padding masks of two axes and offsets of packed sequences."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -14,9 +13,7 @@ from transformers.modeling_flash_attention_utils import (
 
 from ..states import PrefixStates
 from .prepending import extend_mask, prepend_prefix
-from .routing import UnroutedModule
-
-AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
+from .routing import AttentionFunction, UnroutedModule
 
 # What the flash functions of transformers call their arguments behind the mask.
 _ARGUMENTS = ("dropout", "scaling", "sliding_window", "softcap", "is_causal", "s_aux", "cache")

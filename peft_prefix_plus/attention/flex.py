@@ -1,6 +1,5 @@
 """Attention with a prefix on `flex_attention`, whose mask is a function of the indices, compiled into blocks."""
 
-from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -10,8 +9,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from ..states import PrefixStates
 from .prepending import extend_mask, prepend_prefix
-
-AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
+from .routing import AttentionFunction
 
 # All layers of a forward share the mask that the model made for it, and most of them the length of their prefix.
 _extended: WeakKeyDictionary[BlockMask, dict[int, BlockMask]] = WeakKeyDictionary()

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..geometry import compute_key_bias
+from ..architectures import compute_key_bias
 from ..states import PrefixStates
 from .delivery import current_recorder, take_prefix
 from .dense import attend_eager, attend_sdpa

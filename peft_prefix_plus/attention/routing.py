@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from ..geometry import find_attention_call
+from ..architectures import find_attention_call
 
 ROUTE_NAME = "prefix_plus"
 

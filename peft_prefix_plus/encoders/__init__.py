@@ -1,6 +1,6 @@
 """How a prefix is parameterized: one strategy a file, all of them a [`PrefixEncoder`]."""
 
-from ..geometry import AttentionGeometry
+from ..architectures import AttentionGeometry
 from .base import PrefixEncoder
 from .direct import DirectPrefix, fold_encoder
 from .projected import LinearPrefix, MLPPrefix

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ..geometry import AttentionGeometry
+from ..architectures import AttentionGeometry
 from ..states import PrefixStates
 from .base import PrefixEncoder
 

@@ -13,8 +13,7 @@ from transformers import PreTrainedConfig
 from transformers.models.llama.modeling_llama import LlamaAttention
 from zoo_models import build_inputs, build_zoo_model, draw_text
 
-from peft_prefix_plus.attention import record_states
-from peft_prefix_plus.geometry import (
+from peft_prefix_plus.architectures import (
     belongs_to_text,
     compute_key_bias,
     count_attention_calls,
@@ -38,6 +37,7 @@ from peft_prefix_plus.geometry import (
     uses_attention_interface,
     uses_sectioned_rotary,
 )
+from peft_prefix_plus.attention import record_states
 
 architectures = pytest.mark.parametrize("name", ARCHITECTURES)
 
