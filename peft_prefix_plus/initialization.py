@@ -145,8 +145,11 @@ def capture_states(
             continue
         captured = {f"{stack}.{name}" if stack else name: state for name, state in states.items()} | captured
     is_incomplete = not captured or (config.target_modules is not None and not set(targets) <= set(captured))
-    if problem is not None and is_incomplete and init_token_ids is not None:
-        raise problem
+    if problem is not None and is_incomplete:
+        if init_token_ids is not None:
+            raise problem
+        reason = f"{type(problem).__name__}: {problem}".splitlines()[0]
+        warnings.warn(f"{type(model).__name__} cannot be run over tokens or noise alone ({reason}).", stacklevel=2)
     return captured
 
 

@@ -107,7 +107,7 @@ def law_given_cache(subject: ModeSubject, build: Builder) -> Comparison:
 
 
 def law_encoder_decoder_cache(subject: ModeSubject, build: Builder) -> Comparison:
-    """The two caches of an encoder-decoder model, which its decoder's cross-attention reads from the second token on."""
+    """The two caches of an encoder-decoder model; cross-attention reads its own from the second token on."""
     if not subject.base.config.is_encoder_decoder:
         raise NotApplicableError("no encoder-decoder model")
     return law_given_cache(subject, build)

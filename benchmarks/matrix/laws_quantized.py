@@ -22,6 +22,8 @@ from transformers.quantizers import quantizer_gguf
 from peft_prefix_plus import PrefixPlusConfig
 
 QUANTIZED_MODULES = ("GgufLinear", "Linear4bit", "HQQLinear", "QLinear")
+QUANTIZED_WEIGHTS = ("Int8Tensor",)
+TOKEN_IDS = torch.tensor([[9, 31, 57, 14, 8, 60, 22]])
 # Wide enough for the blocks of every method.
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -132,41 +134,68 @@ def build_packed_gguf(implementation: str) -> PreTrainedModel:
     return model.eval()
 
 
-def law_quantized_base(
-    subject: ModeSubject, build: Builder, quantize: Callable[[PreTrainedModel], dict[str, Any]] | None
-) -> Comparison:
-    """On a quantized base a captured prefix equals its prompt, generation equals recomputation, and the prefix trains.
+Quantize = Callable[[PreTrainedModel], dict[str, Any]] | None
 
-    With a `quantize` of `None`, the base is a GGUF file kept packed.
-    """
+
+def build_base(subject: ModeSubject, quantize: Quantize) -> PreTrainedModel:
+    """Build a quantized base; with a `quantize` of `None`, a GGUF file kept packed."""
     name = subject.implementation.name
     base = build_packed_gguf(name) if quantize is None else build_quantized(quantize, name)
-    if not any(type(module).__name__ in QUANTIZED_MODULES or is_quantized(module) for module in base.modules()):
+    if not find_quantized(base):
         raise NotApplicableError("the weights were not quantized")
-    ids = torch.tensor([[9, 31, 57, 14, 8, 60, 22]])
+    return base
+
+
+def add_prefix(base: PreTrainedModel) -> PeftModel:
+    """Give a base the prefix of some tokens."""
+    config = PrefixPlusConfig(task_type="CAUSAL_LM", prefix_init_token_ids=INIT_TOKEN_IDS, projection_dim=8)
+    return get_peft_model(base, config).eval()
+
+
+def law_quantized_base(subject: ModeSubject, build: Builder, quantize: Quantize) -> Comparison:
+    """A captured prefix equals its prompt, generation equals recomputation, and without a prefix nothing changed."""
+    base = build_base(subject, quantize)
     prompt = torch.tensor([INIT_TOKEN_IDS])
-    expected = run(base, {"input_ids": torch.cat([prompt, ids], dim=1)})[:, len(INIT_TOKEN_IDS) :]
-    base_logits = run(base, {"input_ids": ids})
-    settings: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(ids)}
-    model: Any = base
-    if not is_plain(build):
-        config = PrefixPlusConfig(task_type="CAUSAL_LM", prefix_init_token_ids=INIT_TOKEN_IDS, projection_dim=8)
-        model = get_peft_model(base, config).eval()
-        given = run(model, {"input_ids": ids})
-    else:
-        given = expected
-    tokens = [model.generate(input_ids=ids, use_cache=use_cache, **settings) for use_cache in (True, False)]
-    if isinstance(model, PeftModel):
-        model.train()(input_ids=ids, labels=ids).loss.backward()
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        if not all(parameter.grad is not None and torch.isfinite(parameter.grad).all() for parameter in trained):
-            raise ValueError("parameters of the prefix have no gradient")
-        model.eval()
-        with model.disable_adapter():
-            disabled = run(model, {"input_ids": ids})
-    else:
-        disabled = base_logits
+    expected = run(base, {"input_ids": torch.cat([prompt, TOKEN_IDS], dim=1)})[:, len(INIT_TOKEN_IDS) :]
+    base_logits = run(base, {"input_ids": TOKEN_IDS})
+    settings = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(TOKEN_IDS)}
+    model: Any = base if is_plain(build) else add_prefix(base)
+    given = run(model, {"input_ids": TOKEN_IDS})
+    tokens = [model.generate(input_ids=TOKEN_IDS, use_cache=use_cache, **settings) for use_cache in (True, False)]
+    if is_plain(build):
+        return Comparison([given, tokens[0]], [base_logits, tokens[1]])
+    with model.disable_adapter():
+        disabled = run(model, {"input_ids": TOKEN_IDS})
     return Comparison([given, tokens[0], disabled], [expected, tokens[1], base_logits])
+
+
+def law_quantized_training(subject: ModeSubject, build: Builder, quantize: Quantize) -> Comparison:
+    """The gradient of a prefix in a quantized base is the slope of the loss."""
+    base = build_base(subject, quantize)
+    if is_plain(build):
+        # The forward that initializes a prefix is one for inference, for which some methods pack the weights anew.
+        run(base, {"input_ids": TOKEN_IDS})
+        for module in find_quantized(base):
+            states = torch.randn(1, 7, module.in_features, requires_grad=True)
+            output = module(states)
+            if not output.requires_grad or not torch.autograd.grad(output.sum(), states)[0].any():
+                raise ValueError(f"{type(module).__name__} passes no gradients on, once it has run without")
+        return Comparison([], [])
+    model = add_prefix(base)
+    model.fold_prefix()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    loss = model(input_ids=TOKEN_IDS, labels=TOKEN_IDS).loss
+    gradients = torch.autograd.grad(loss, trained)
+    losses = []
+    with torch.no_grad():
+        for step in (1e-2, -1e-2):
+            for parameter, gradient in zip(trained, gradients, strict=True):
+                parameter += step * gradient
+            losses.append(model(input_ids=TOKEN_IDS, labels=TOKEN_IDS).loss)
+            for parameter, gradient in zip(trained, gradients, strict=True):
+                parameter -= step * gradient
+    slope = sum(gradient.square().sum() for gradient in gradients)
+    return Comparison([(losses[0] - losses[1]) / 2e-2 / slope], [torch.tensor(1.0)])
 
 
 def is_plain(build: Builder) -> bool:
@@ -174,9 +203,11 @@ def is_plain(build: Builder) -> bool:
     return not build.args[0]  # type: ignore[attr-defined]
 
 
-def is_quantized(module: nn.Module) -> bool:
-    """Whether a module has a weight of a class that stands for quantized numbers."""
-    weight = vars(module).get("_parameters", {}).get("weight")
-    return weight is not None and "Quantized" in type(weight.data).__name__ + type(weight).__name__ + "".join(
-        base.__name__ for base in type(weight.data).__mro__
-    )
+def find_quantized(model: nn.Module) -> list[Any]:
+    """The linear maps whose weights are quantized."""
+    return [
+        module
+        for module in model.modules()
+        if type(module).__name__ in QUANTIZED_MODULES
+        or (isinstance(module, nn.Linear) and type(module.weight).__name__ in QUANTIZED_WEIGHTS)
+    ]

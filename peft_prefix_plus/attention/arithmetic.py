@@ -33,6 +33,9 @@ _REARRANGING = frozenset(
 # Name the sizes that come out; those of the prefix differ in the last axis.
 _RESHAPING = frozenset({"view", "reshape"})
 
+# Shown by `torch.compile(fullgraph=True)`.
+_NOT_COMPILED = "PrefixPlus runs modules without the attention interface uncompiled; leave out `fullgraph=True`"
+
 
 class _Scores(NamedTuple):
     """Scores between the first product and the softmax, and what has been done to them."""
@@ -272,7 +275,7 @@ def find_mask_argument(module: nn.Module, args: tuple[Any, ...], kwargs: dict[st
     return bound.arguments.get("attention_mask")
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@torch.compiler.disable(reason=_NOT_COMPILED)  # type: ignore[untyped-decorator]
 def attend_by_arithmetic(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Run a module that computes attention by itself, with the prefix that is on its way to it."""
     arithmetic = AttentionArithmetic(module, peek_prefix(module), find_mask_argument(module, args, kwargs))
