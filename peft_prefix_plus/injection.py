@@ -3,7 +3,7 @@
 import dataclasses
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.error import NoMatchingPeftModuleError
@@ -76,6 +76,7 @@ def plan_injection(config: PrefixPlusConfig, model: PreTrainedModel) -> Injectio
     captured: dict[str, PrefixStates] = {}
     if config.target_modules is None:
         chosen = _choose_targets(model, modules)
+        _check_implementations(modules, chosen)
         if not config.prefix_is_initialized:
             captured = capture_states(config, model, chosen, config.max_num_virtual_tokens, init_token_ids)
             if takes_argument(model, "input_ids"):
@@ -83,10 +84,9 @@ def plan_injection(config: PrefixPlusConfig, model: PreTrainedModel) -> Injectio
                 chosen = [name for name in chosen if name in captured] or chosen
         config = dataclasses.replace(config, target_modules=_name_targets(model, chosen))
     lengths = _resolve_lengths(config, model, modules)
-    for name in lengths:
-        if uses_attention_interface(modules[name]):
-            find_mask_contract(original_config(modules[name])._attn_implementation)
-        config.check_frozen_tokens(lengths[name])
+    _check_implementations(modules, lengths)
+    for length in lengths.values():
+        config.check_frozen_tokens(length)
     geometries = {name: read_geometry(modules[name]) for name in lengths}
     initial_states: dict[str, InitialStates] = {}
     if not config.prefix_is_initialized:
@@ -104,6 +104,12 @@ def _check_architecture(model: PreTrainedModel) -> None:
         raise ValueError(
             f"PrefixPlus needs a model of transformers, got {type(model).__name__} without a transformers config."
         )
+
+
+def _check_implementations(modules: Mapping[str, nn.Module], names: Iterable[str]) -> None:
+    for name in names:
+        if uses_attention_interface(modules[name]):
+            find_mask_contract(original_config(modules[name])._attn_implementation)
 
 
 def _choose_targets(model: PreTrainedModel, modules: dict[str, nn.Module]) -> list[str]:

@@ -1,6 +1,7 @@
 """Where the input stands relative to the prefix."""
 
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -105,8 +106,9 @@ class PositionAligner:
         is_numbered = position_ids is not None or not isinstance(mask, Tensor) or mask.dim() != 2
         if inputs is None or (is_numbered and not self.moves_input):
             return None
-        adapter_names = self._find_active_adapters(model)
-        if not adapter_names:
+        active = self._iterate_active_adapters(model)
+        first = next(active, None)
+        if first is None:
             return None
         if position_ids is None and not is_numbered:
             position_ids = (mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -inputs.shape[1] :]  # type: ignore[union-attr]
@@ -115,7 +117,7 @@ class PositionAligner:
             start = 0 if cache is None else cache.get_seq_length()
             position_ids = torch.arange(inputs.shape[1], device=inputs.device)[None] + start
         if self.moves_input:
-            position_ids = position_ids + sum(self.shift.get(name, 0) for name in adapter_names)
+            position_ids = position_ids + sum(self.shift.get(name, 0) for name in {first, *active})
         return args, {**kwargs, "position_ids": position_ids}
 
     @staticmethod
@@ -126,9 +128,9 @@ class PositionAligner:
         return cache is not None and cache.get_seq_length() > 0
 
     @staticmethod
-    def _find_active_adapters(model: nn.Module) -> list[str]:
+    def _iterate_active_adapters(model: nn.Module) -> Iterator[str]:
         layers = (module for module in model.modules() if isinstance(module, PrefixPlusLayer))
-        return list(dict.fromkeys(name for layer in layers for name in layer.list_effective_adapters()))
+        return (name for layer in layers for name in layer.list_effective_adapters())
 
 
 def align_positions(model: PreTrainedModel, adapter_name: str, num_virtual_tokens: int) -> None:

@@ -82,6 +82,27 @@ def law_packing(subject: ModeSubject, build: Builder) -> Comparison:
     return Comparison(list(logits.split(lengths)), [run(model, {"input_ids": row})[0] for row in rows])
 
 
+def law_inference_mode(subject: ModeSubject, build: Builder) -> Comparison:
+    """A forward in inference mode gives what it gives without gradients, and training goes on afterwards."""
+    model = build()
+    with torch.inference_mode():
+        given = read_logits(model(**subject.inputs)).clone()
+    gradients = compute_gradients(model, subject.inputs)
+    expected = compute_gradients(build(), subject.inputs)
+    plain = run(build(), subject.inputs)
+    return Comparison([given, *(gradients[name] for name in expected)], [plain, *expected.values()])
+
+
+def law_autocast(subject: ModeSubject, build: Builder) -> Comparison:
+    """Under autocast to bfloat16 the logits are those of float32, but for rounding."""
+    model = build()
+    with torch.autocast("cpu", torch.bfloat16):
+        given = run(model, subject.inputs)
+    expected = run(model, subject.inputs)
+    is_close = (given - expected).abs().mean() < 0.05 * expected.abs().mean()
+    return Comparison([is_close.float()], [torch.tensor(1.0)])
+
+
 def law_hidden_states(subject: ModeSubject, build: Builder) -> Comparison:
     """`output_hidden_states` changes no logits; every layer's states are there, for the tokens only."""
     model = build()

@@ -150,6 +150,17 @@ def law_continue_generation(subject: ModeSubject, build: Builder) -> Comparison:
     return Comparison(read(given), read(expected))
 
 
+def law_embeddings(subject: ModeSubject, build: Builder) -> Comparison:
+    """Generation from `inputs_embeds` gives the tokens that it gives from the same ids."""
+    if find_text(subject) != "input_ids" or subject.representative.has_image:
+        raise NotApplicableError("checked on texts only")
+    model = build()
+    expected = read(generate(model, subject, use_cache=False))
+    embeddings = model.get_input_embeddings()(subject.inputs["input_ids"]).detach()
+    given = read(generate(model, subject, input_ids=None, inputs_embeds=embeddings))
+    return Comparison([given[0], given[1]], [expected[0][:, -NEW_TOKENS:], expected[1]])
+
+
 def law_quantized_cache(subject: ModeSubject, build: Builder, backend: str, **settings: Any) -> Comparison:
     """A step on a quantized cache gives what it gives on the keys and values that come out of the cache."""
     if find_text(subject) != "input_ids":

@@ -75,6 +75,8 @@ MODES = {
     "packing": Mode(laws_forward.law_packing, "packed sequences"),
     "hidden_states": Mode(laws_forward.law_hidden_states, "`output_hidden_states`"),
     "attentions": Mode(laws_forward.law_attentions, "`output_attentions`"),
+    "inference_mode": Mode(laws_forward.law_inference_mode, "`torch.inference_mode`"),
+    "autocast": Mode(laws_forward.law_autocast, "autocast to bfloat16", shows_effect=False),
     "training": Mode(laws_forward.law_training, "training step", shows_effect=False),
     "checkpointing": Mode(
         partial(laws_forward.law_checkpointing, use_reentrant=False), "gradient checkpointing", shows_effect=False
@@ -102,6 +104,7 @@ MODES = {
     "chunked_prefill": Mode(with_settings(prefill_chunk_size=3), "`prefill_chunk_size`"),
     "continue_forward": Mode(laws_generation.law_continue_forward, "forward on `past_key_values`"),
     "continue_generation": Mode(laws_generation.law_continue_generation, "`generate` on `past_key_values`"),
+    "embeddings": Mode(laws_generation.law_embeddings, "`generate` from `inputs_embeds`"),
     "sampling": Mode(with_settings(shared={"do_sample": True, "top_k": 20}), "sampling with a seed"),
     "return_sequences": Mode(
         with_settings(shared={"do_sample": True, "num_return_sequences": 2}), "`num_return_sequences`"
@@ -182,9 +185,10 @@ def run_cell(name: str, implementation: str, mode_name: str) -> str:
     except NotApplicableError as reason:
         return f"n/a: {reason}"
     except Exception as error:
-        message = _first_line(error)
-        documented = any(re.search(pattern, str(error)) for pattern in DOCUMENTED)
-        return f"error: {message}" if documented else f"fail: {message}"
+        documented = [line for line in str(error).splitlines() if any(re.search(item, line) for item in DOCUMENTED)]
+        if documented:
+            return f"error: {type(error).__name__}: {documented[0].strip()}"
+        return f"fail: {_first_line(error)}"
 
 
 def _check_base(mode: Mode, subject: ModeSubject) -> Comparison:
@@ -256,6 +260,12 @@ def collect(outcomes: dict[Cell, str]) -> dict[str, Any]:
     }
 
 
+def read_outcomes(path: Path) -> dict[Cell, str]:
+    """The inverse of [`collect`], from a file."""
+    rows = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return {(row["model"], row["implementation"], row["mode"]): row["outcome"] for row in rows}
+
+
 def format_table(outcomes: dict[Cell, str], implementation: str) -> str:
     """The table of one implementation: modes down, types across."""
     marks = {"pass": "+", "erro": "e", "n/a:": ".", "fail": "X"}
@@ -289,7 +299,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=list(REPRESENTATIVES), choices=REPRESENTATIVES)
     parser.add_argument("--implementations", nargs="*", default=list(IMPLEMENTATIONS), choices=IMPLEMENTATIONS)
     parser.add_argument("--modes", nargs="*", default=list(MODES), choices=MODES)
-    parser.add_argument("--output", type=Path, help="JSON")
+    parser.add_argument("--output", type=Path, help="JSON; cells in it that do not run now are kept")
     parser.add_argument("-v", "--verbose", action="store_true", help="print every cell")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -309,7 +319,9 @@ def main() -> None:
         print(format_table(outcomes, implementation), end="\n\n")
     print(summarize(outcomes))
     if arguments.output:
-        arguments.output.write_text(json.dumps(collect(outcomes), indent=1) + "\n", encoding="utf-8")
+        known = read_outcomes(arguments.output) if arguments.output.exists() else {}
+        merged = {cell: (known | outcomes)[cell] for cell in CELLS if cell in known or cell in outcomes}
+        arguments.output.write_text(json.dumps(collect(merged), indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -275,7 +275,7 @@ def find_mask_argument(module: nn.Module, args: tuple[Any, ...], kwargs: dict[st
     return bound.arguments.get("attention_mask")
 
 
-@torch.compiler.disable(reason=_NOT_COMPILED)  # type: ignore[untyped-decorator]
+@torch.compiler.disable(reason=_NOT_COMPILED)  # type: ignore[no-untyped-call, untyped-decorator]
 def attend_by_arithmetic(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Run a module that computes attention by itself, with the prefix that is on its way to it."""
     arithmetic = AttentionArithmetic(module, peek_prefix(module), find_mask_argument(module, args, kwargs))

@@ -27,10 +27,9 @@ def attend_with_prefix(module: nn.Module, states: PrefixStates, *args: Any, **kw
     Raises:
         RuntimeError: if the module did not use the prefix.
     """
-    with deliver_prefix(module, states):
-        if uses_attention_interface(module):
-            return module(*args, **kwargs)
-        return attend_by_arithmetic(module, *args, **kwargs)
+    if uses_attention_interface(module):
+        return deliver_prefix(module, states, lambda: module(*args, **kwargs))
+    return deliver_prefix(module, states, lambda: attend_by_arithmetic(module, *args, **kwargs))
 
 
 @contextmanager

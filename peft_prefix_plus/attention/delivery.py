@@ -1,14 +1,17 @@
 """How a prefix reaches the place where one attention module computes its attention, and the proof that it did."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import nn
 
 from ..architectures import count_attention_calls
 from ..states import PrefixStates
+
+T = TypeVar("T")
 
 
 class PrefixDelivery:
@@ -115,13 +118,16 @@ def _find_delivery(module: nn.Module) -> PrefixDelivery:
     return delivery
 
 
-@contextmanager
-def deliver_prefix(module: nn.Module, states: PrefixStates) -> Iterator[None]:
-    """Have a prefix ready for a module's attention function, and prove afterwards that it was used.
+def deliver_prefix(module: nn.Module, states: PrefixStates, run: Callable[[], T]) -> T:
+    """Have a prefix ready for a module's attention function while it runs, and prove afterwards that it was used.
 
     Args:
-        module (`nn.Module`): an attention module, whose forward runs inside the context.
+        module (`nn.Module`): an attention module.
         states ([`PrefixStates`]): its prefix.
+        run (`Callable`): runs the module.
+
+    Returns:
+        What `run` returns.
 
     Raises:
         RuntimeError: if the module did not use the prefix.
@@ -130,10 +136,11 @@ def deliver_prefix(module: nn.Module, states: PrefixStates) -> Iterator[None]:
     delivery = PrefixDelivery(module, states)
     _channel.delivery = delivery
     try:
-        yield
+        output = run()
     finally:
         _channel.delivery = previous
     delivery.prove_consumption()
+    return output
 
 
 @contextmanager

@@ -34,6 +34,9 @@ class MaskContract(Enum):
     FLASH = "flash_attention_2"
 
 
+_CONTRACTS = {contract.value: contract for contract in MaskContract}
+
+
 def route_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """Return a shallow copy of a config that sends an attention module to [`prefix_attention_forward`].
 
@@ -69,12 +72,14 @@ def find_mask_contract(implementation: str | None) -> MaskContract:
     Raises:
         ValueError: if the name has no mask maker, or one of an unknown kind.
     """
+    if implementation is None:
+        return MaskContract.EAGER
+    if implementation in _CONTRACTS:
+        return _CONTRACTS[implementation]
     makers = ALL_MASK_ATTENTION_FUNCTIONS
-    implementation = implementation or MaskContract.EAGER.value
-    if implementation in makers:
-        for contract in MaskContract:
-            if makers[implementation] is makers[contract.value]:
-                return contract
+    for known, contract in _CONTRACTS.items():
+        if implementation in makers and makers[implementation] is makers[known]:
+            return contract
     raise ValueError(
         f"PrefixPlus cannot tell how the attention implementation {implementation!r} takes its mask. Use "
         "`model.set_attn_implementation('sdpa')`; or register for your own function, under the same name, the mask "
