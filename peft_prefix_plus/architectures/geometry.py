@@ -134,7 +134,7 @@ def read_batch_size(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     return hidden_states.shape[_BATCH_AXIS.get(type(module).__name__, 0)]
 
 
-def compute_key_bias(module: nn.Module, values: Tensor) -> Tensor | None:
+def compute_key_bias(module: Any, values: Tensor) -> Tensor | None:
     """Compute what an attention module adds to the scores of a key because of its value, as Doge does.
 
     Args:
@@ -144,10 +144,8 @@ def compute_key_bias(module: nn.Module, values: Tensor) -> Tensor | None:
     Returns:
         `torch.Tensor`, *optional*: `[batch, heads, 1, tokens]`; `None` for all other architectures.
     """
-    project: Any = getattr(module, "dt_proj", None)
-    if project is None or not hasattr(module, "prepare_dynamic_mask"):
+    if not hasattr(type(module), "prepare_dynamic_mask"):
         return None
-    module_any: Any = module
-    steps = project(values.transpose(1, 2).flatten(2))
-    bias = torch.exp(module_any.A * nn.functional.softplus(steps)).transpose(-1, -2)
-    return bias.repeat_interleave(module_any.num_key_value_groups, dim=1)[:, :, None, :]
+    steps = module.dt_proj(values.transpose(1, 2).flatten(2))
+    bias = torch.exp(module.A * nn.functional.softplus(steps)).transpose(-1, -2)
+    return bias.repeat_interleave(module.num_key_value_groups, dim=1)[:, :, None, :]

@@ -53,5 +53,7 @@ def prefix_attention_forward(
         recorder.record(module, PrefixStates(key, value))
         return attend(UnroutedModule(module), query, key, value, attention_mask, *args, **kwargs)
     prefix = match_prefix(take_prefix(module), key, value)
-    prefix = prefix._replace(bias=compute_key_bias(module, prefix.values))
+    bias = compute_key_bias(module, prefix.values)
+    if bias is not None:
+        prefix = prefix._replace(bias=bias)
     return _ATTEND[contract](attend, module, query, key, value, attention_mask, prefix, *args, **kwargs)
