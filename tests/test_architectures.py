@@ -9,7 +9,8 @@ from helpers import add_prefix, draw_tokens
 from tiny_models import ARCHITECTURES, MAX_POSITIONS, build_model
 from torch import nn
 from torch.testing import assert_close
-from transformers import PreTrainedConfig
+from transformers import GPTNeoConfig, PreTrainedConfig
+from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoSelfAttention
 from transformers.models.llama.modeling_llama import LlamaAttention
 from zoo_models import build_inputs, build_zoo_model, draw_text
 
@@ -309,3 +310,13 @@ def test_sectioned_rotary_is_recognised():
     model = build_model("llama")
     model.config.rope_parameters = {**model.config.rope_parameters, "mrope_section": [1, 1, 2]}
     assert uses_sectioned_rotary(model)
+
+
+def test_attention_classes_that_call_flash_kernels_by_themselves_are_refused_with_the_remedy():
+    class ToyFlashAttention2(GPTNeoSelfAttention):
+        pass
+
+    model = nn.Module()
+    model.attention = ToyFlashAttention2(GPTNeoConfig(hidden_size=8, num_heads=2), "global", layer_id=0)
+    assert not find_attention_modules(model)
+    assert "attn_implementation='sdpa'" in explain_missing_attention(model)

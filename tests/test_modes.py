@@ -14,7 +14,17 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks" / "matrix"))
 from checks import NotApplicableError
 from laws_forward import Comparison
 from mode_subjects import IMPLEMENTATIONS, REPRESENTATIVES
-from modes import CELLS, MODES, Mode, collect, find_difference, format_table, run_cell, summarize
+from modes import (
+    CELLS,
+    MODES,
+    Mode,
+    find_difference,
+    format_table,
+    read_outcomes,
+    run_cell,
+    summarize,
+    write_outcomes,
+)
 
 EVERYWHERE = ("forward", "checkpointing_reentrant", "greedy", "static", "continue_forward", "beams", "deepcopy")
 # One type for all ways to choose the attention function, and those that are not quick.
@@ -95,10 +105,10 @@ def test_difference():
     assert find_difference(Comparison([one], [one + torch.tensor([0, 1])])) == "1 of 2 numbers differ"
 
 
-def test_table():
+def test_table(tmp_path: Path):
     outcomes = dict(zip(CELLS[:3], ("pass", "n/a: no reason", "fail: wrong"), strict=True))
     table = format_table(outcomes, CELLS[0][1])
     assert [line.split()[-1] for line in table.splitlines()[2:]] == ["+", ".", "X"]
     assert "1 fail: wrong" in summarize(outcomes)
-    data = collect(outcomes)
-    assert len(data["cells"]) == 3 and data["modes"].keys() == MODES.keys()
+    write_outcomes(tmp_path / "modes.json", outcomes)
+    assert read_outcomes(tmp_path / "modes.json") == outcomes

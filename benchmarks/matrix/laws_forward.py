@@ -84,9 +84,9 @@ def law_packing(subject: ModeSubject, build: Builder) -> Comparison:
 
 def law_inference_mode(subject: ModeSubject, build: Builder) -> Comparison:
     """A forward in inference mode gives what it gives without gradients, and training goes on afterwards."""
-    model = build()
+    model, inputs = build(), subject.inputs
     with torch.inference_mode():
-        given = read_logits(model(**subject.inputs)).clone()
+        given = read_logits(model(**inputs)).clone()
     gradients = compute_gradients(model, subject.inputs)
     expected = compute_gradients(build(), subject.inputs)
     plain = run(build(), subject.inputs)
@@ -94,12 +94,15 @@ def law_inference_mode(subject: ModeSubject, build: Builder) -> Comparison:
 
 
 def law_autocast(subject: ModeSubject, build: Builder) -> Comparison:
-    """Under autocast to bfloat16 the logits are those of float32, but for rounding."""
+    """Under autocast to bfloat16 the logits are those of float32, but for rounding.
+
+    Rounding may send a token to another expert, so the median token counts.
+    """
     model = build()
     with torch.autocast("cpu", torch.bfloat16):
         given = run(model, subject.inputs)
     expected = run(model, subject.inputs)
-    is_close = (given - expected).abs().mean() < 0.05 * expected.abs().mean()
+    is_close = ((given - expected).abs().mean(-1) / expected.abs().mean(-1)).median() < 0.05
     return Comparison([is_close.float()], [torch.tensor(1.0)])
 
 

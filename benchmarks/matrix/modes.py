@@ -247,23 +247,33 @@ def iterate_outcomes(cells: Iterable[Cell]) -> Iterator[tuple[Cell, str, float]]
 def collect(outcomes: dict[Cell, str]) -> dict[str, Any]:
     """The table as data: versions, what the names mean, and the outcomes by type, implementation and mode."""
     versions = {name: version(name) for name in ("torch", "transformers", "peft", "peft-prefix-plus")}
-    rows = [
-        {"model": name, "implementation": implementation, "mode": mode, "outcome": outcome}
-        for (name, implementation, mode), outcome in outcomes.items()
-    ]
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for (name, implementation, mode), outcome in outcomes.items():
+        rows.setdefault((name, implementation), {})[mode] = outcome
     return {
         "versions": {**versions, "python": platform.python_version()},
         "models": {name: representative.title for name, representative in REPRESENTATIVES.items()},
         "implementations": {name: implementation.title for name, implementation in IMPLEMENTATIONS.items()},
         "modes": {name: mode.title for name, mode in MODES.items()},
-        "cells": rows,
+        "rows": [{"model": key[0], "implementation": key[1], "outcomes": row} for key, row in rows.items()],
     }
+
+
+def write_outcomes(path: Path, outcomes: dict[Cell, str]) -> None:
+    """Write the table, one row of one type and implementation a line."""
+    data = collect(outcomes)
+    rows = ",\n".join("  " + json.dumps(row) for row in data.pop("rows"))
+    path.write_text(f'{json.dumps(data, indent=1)[:-2]},\n "rows": [\n{rows}\n ]\n}}\n', encoding="utf-8")
 
 
 def read_outcomes(path: Path) -> dict[Cell, str]:
     """The inverse of [`collect`], from a file."""
-    rows = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    return {(row["model"], row["implementation"], row["mode"]): row["outcome"] for row in rows}
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    return {
+        (row["model"], row["implementation"], mode): outcome
+        for row in rows
+        for mode, outcome in row["outcomes"].items()
+    }
 
 
 def format_table(outcomes: dict[Cell, str], implementation: str) -> str:
@@ -321,7 +331,7 @@ def main() -> None:
     if arguments.output:
         known = read_outcomes(arguments.output) if arguments.output.exists() else {}
         merged = {cell: (known | outcomes)[cell] for cell in CELLS if cell in known or cell in outcomes}
-        arguments.output.write_text(json.dumps(collect(merged), indent=1) + "\n", encoding="utf-8")
+        write_outcomes(arguments.output, merged)
 
 
 if __name__ == "__main__":
