@@ -222,7 +222,8 @@ class ModeSubject:
         """Raise a [`NotApplicableError`] if transformers does not offer the implementation for this type."""
         flag = self.implementation.flag
         if flag is not None and not getattr(self.base, flag):
-            raise NotApplicableError(f"transformers has no {self.implementation.name} for {type(self.base).__name__}")
+            title = flag.removeprefix("_supports_").replace("_", " ")
+            raise NotApplicableError(f"transformers has no {title} for {type(self.base).__name__}")
         if self.implementation.name != "eager" and not any(
             uses_attention_interface(module) for module in find_attention_modules(self.base).values()
         ):
