@@ -9,13 +9,14 @@ EXPERIMENT ?= benchmarks/experiments/e2e.json
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-oldest matrix style quality docs bench-quality check-data
+.PHONY: help demo test test-oldest matrix modes style quality docs bench-quality check-data
 
 help:
 	@echo "make demo           train, evaluate and report on a small data set (MODEL=$(MODEL) OUTPUT=$(OUTPUT))"
 	@echo "make test           run the tests, $(WORKERS) processes (WORKERS=n, PYTEST_ARGS=...)"
 	@echo "make test-oldest    run them with the oldest supported versions, in .venv-oldest"
 	@echo "make matrix         check every model type of transformers and write docs/supported_models.md (3 minutes)"
+	@echo "make modes          check every way to use a model on every attention implementation, write docs/modes.md (15 minutes)"
 	@echo "make style          format the code and fix what ruff can fix"
 	@echo "make quality        check style and types"
 	@echo "make docs           build the documentation into build/docs"
@@ -34,6 +35,10 @@ test-oldest:
 matrix: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/matrix/matrix.py
 	$(BIN)/python benchmarks/matrix/page.py
+
+modes: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/matrix/modes.py --output benchmarks/results/modes.json
+	$(BIN)/python benchmarks/matrix/modes_page.py
 
 style: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .

@@ -163,10 +163,12 @@ def _check_room(model: PreTrainedModel, num_tokens: int) -> None:
 @contextmanager
 def _bare_evaluation(model: nn.Module) -> Iterator[None]:
     """Switch every module to evaluation and every prefix off, and back."""
-    training = [module for module in model.modules() if module.training]
+    modes = {module: module.training for module in model.modules()}
     layers = [module for module in model.modules() if isinstance(module, PrefixPlusLayerBase)]
     disabled = [layer.disable_adapters for layer in layers]
-    model.eval()
+    for module in modes:
+        # In evaluation, bitsandbytes may repack the weights for inference, and then passes no gradients on any more.
+        module.training = type(module).__name__ == "Linear4bit"
     for layer in layers:
         # Not `enable_adapters`, which also sets what requires gradients.
         layer._disable_adapters = True
@@ -175,5 +177,5 @@ def _bare_evaluation(model: nn.Module) -> Iterator[None]:
     finally:
         for layer, was_disabled in zip(layers, disabled, strict=True):
             layer._disable_adapters = was_disabled
-        for module in training:
-            module.training = True
+        for module, mode in modes.items():
+            module.training = mode

@@ -100,11 +100,12 @@ class PositionAligner:
         inputs = next((kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None), None)
         if inputs is None and args:
             inputs = args[0]
-        if self.has_coordinates and self._has_media_or_past(kwargs):
-            return None
         mask, position_ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
         is_numbered = position_ids is not None or not isinstance(mask, Tensor) or mask.dim() != 2
         if inputs is None or (is_numbered and not self.moves_input):
+            return None
+        # Last, as the length of a static cache is a tensor, on which a compiled forward cannot decide.
+        if self.has_coordinates and self._has_media_or_past(kwargs):
             return None
         active = self._iterate_active_adapters(model)
         first = next(active, None)

@@ -1,7 +1,7 @@
 """What must hold on a base model whose weights are quantized."""
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -171,14 +171,15 @@ def law_quantized_base(subject: ModeSubject, build: Builder, quantize: Quantize)
 
 def law_quantized_training(subject: ModeSubject, build: Builder, quantize: Quantize) -> Comparison:
     """The gradient of a prefix in a quantized base is the slope of the loss."""
-    base = build_base(subject, quantize)
+    # In evaluation, bitsandbytes packs the weights for inference, and passes no gradients on from then on.
+    base = build_base(subject, quantize).train()
     if is_plain(build):
-        # The forward that initializes a prefix is one for inference, for which some methods pack the weights anew.
         run(base, {"input_ids": TOKEN_IDS})
         for module in find_quantized(base):
             states = torch.randn(1, 7, module.in_features, requires_grad=True)
-            output = module(states)
-            if not output.requires_grad or not torch.autograd.grad(output.sum(), states)[0].any():
+            output = module(states).sum()
+            gradient = torch.autograd.grad(output, states, allow_unused=True)[0] if output.requires_grad else None
+            if gradient is None or not gradient.any():
                 raise ValueError(f"{type(module).__name__} passes no gradients on, once it has run without")
         return Comparison([], [])
     model = add_prefix(base)
@@ -187,15 +188,20 @@ def law_quantized_training(subject: ModeSubject, build: Builder, quantize: Quant
     loss = model(input_ids=TOKEN_IDS, labels=TOKEN_IDS).loss
     gradients = torch.autograd.grad(loss, trained)
     losses = []
-    with torch.no_grad():
-        for step in (1e-2, -1e-2):
-            for parameter, gradient in zip(trained, gradients, strict=True):
-                parameter += step * gradient
-            losses.append(model(input_ids=TOKEN_IDS, labels=TOKEN_IDS).loss)
-            for parameter, gradient in zip(trained, gradients, strict=True):
-                parameter -= step * gradient
+    for step in (1e-2, -1e-2):
+        shift_parameters(trained, gradients, step)
+        # With gradients, as without them some methods use another kernel.
+        losses.append(model(input_ids=TOKEN_IDS, labels=TOKEN_IDS).loss.detach())
+        shift_parameters(trained, gradients, -step)
     slope = sum(gradient.square().sum() for gradient in gradients)
     return Comparison([(losses[0] - losses[1]) / 2e-2 / slope], [torch.tensor(1.0)])
+
+
+@torch.no_grad()
+def shift_parameters(parameters: list[nn.Parameter], directions: Iterable[torch.Tensor], step: float) -> None:
+    """Add a step in some directions."""
+    for parameter, direction in zip(parameters, directions, strict=True):
+        parameter += step * direction
 
 
 def is_plain(build: Builder) -> bool:

@@ -185,10 +185,8 @@ def run_cell(name: str, implementation: str, mode_name: str) -> str:
     except NotApplicableError as reason:
         return f"n/a: {reason}"
     except Exception as error:
-        documented = [line for line in str(error).splitlines() if any(re.search(item, line) for item in DOCUMENTED)]
-        if documented:
-            return f"error: {type(error).__name__}: {documented[0].strip()}"
-        return f"fail: {_first_line(error)}"
+        documented = re.search(f"({'|'.join(DOCUMENTED)}).*", str(error))
+        return f"error: {type(error).__name__}: {documented[0]}" if documented else f"fail: {_first_line(error)}"
 
 
 def _check_base(mode: Mode, subject: ModeSubject) -> Comparison:
