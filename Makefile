@@ -37,7 +37,7 @@ matrix: $(VENV)/.installed-test
 	$(BIN)/python benchmarks/matrix/page.py
 
 modes: $(VENV)/.installed-test
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/matrix/modes.py --output benchmarks/results/modes.json
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/matrix/modes.py --output benchmarks/matrix/modes.json
 	$(BIN)/python benchmarks/matrix/modes_page.py
 
 style: $(VENV)/.installed-test

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from page import escape
 
-RESULTS = Path(__file__).parents[1] / "results" / "modes.json"
+RESULTS = Path(__file__).with_name("modes.json")
 PAGE = Path(__file__).parents[2] / "docs" / "modes.md"
 MARKS = {"pass": "yes", "n/a": "–", "error": "error", "fail": "**no**"}
 
