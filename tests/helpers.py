@@ -50,6 +50,17 @@ def pad_rows(rows: Tensor, lengths: list[int], side: str) -> tuple[Tensor, Tenso
     return ids, mask
 
 
+def compute_logits_under_dropout(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
+    """Logits of the real tokens under one draw of dropout, the same for every model; another draw gives others."""
+    model.train()
+    logits = []
+    for seed in (3, 4):
+        torch.manual_seed(seed)
+        logits.append(model(ids, attention_mask=mask).logits[mask.bool()])
+    assert not torch.allclose(logits[1], logits[0])
+    return logits[0]
+
+
 class Snapshot:
     """Everything of a model that an adapter which was refused must leave alone."""
 

@@ -3,6 +3,7 @@
 import sys
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -56,8 +57,12 @@ class AlibiSlopes:
         return (self.slopes.to(hidden.device)[:, None, None] * num_padded).to(dtype)
 
 
+# Building them takes longer than an attention of few tokens, and every forward asks.
+_known: WeakKeyDictionary[Any, AlibiSlopes | None] = WeakKeyDictionary()
+
+
 def read_alibi_slopes(module: Any) -> AlibiSlopes | None:
-    """Read the slopes of a module that adds linear position biases, with the functions of its modeling file.
+    """Read the slopes of a module that adds linear position biases, with the functions of its modeling file, once.
 
     Args:
         module (`nn.Module`): an attention module.
@@ -65,6 +70,12 @@ def read_alibi_slopes(module: Any) -> AlibiSlopes | None:
     Returns:
         [`AlibiSlopes`], *optional*: `None` if it adds none.
     """
+    if module not in _known:
+        _known[module] = _build_alibi_slopes(module)
+    return _known[module]
+
+
+def _build_alibi_slopes(module: Any) -> AlibiSlopes | None:
     file = vars(sys.modules[type(module).__module__])
     if "build_mpt_alibi_tensor" in file:
         bias = file["build_mpt_alibi_tensor"](module.n_heads, 2)

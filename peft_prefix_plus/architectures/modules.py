@@ -96,6 +96,13 @@ def is_attention_module(module: nn.Module) -> bool:
     )
 
 
+def find_base_module(module: nn.Module) -> nn.Module:
+    """Return what the tuner layers around a module wrap, or the module itself."""
+    while isinstance(module, BaseTunerLayer):
+        module = module.base_layer
+    return module
+
+
 def iterate_base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield every module of the model by the name it has without adapters.
 
@@ -107,9 +114,7 @@ def iterate_base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """
     seen: set[int] = set()
     for name, module in model.named_modules():
-        bare = module
-        while isinstance(bare, BaseTunerLayer):
-            bare = bare.base_layer
+        bare = find_base_module(module)
         if id(bare) not in seen:
             seen.add(id(bare))
             yield name.replace(".base_layer", ""), bare

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from .modules import find_attention_modules, iterate_base_modules
+from .modules import find_attention_modules, find_base_module
 
 
 def takes_argument(model: nn.Module, name: str) -> bool:
@@ -22,10 +22,13 @@ def takes_tokens(model: nn.Module) -> bool:
 
 def find_stacks(model: nn.Module, name: str) -> list[str]:
     """Return the names of the models of transformers around a module, the outermost one, `""`, first."""
-    bare = dict(iterate_base_modules(model))
+    stacks, module = [], model
     parts = name.split(".")
-    names = [".".join(parts[:length]) for length in range(len(parts))]
-    return [stack for stack in names if isinstance(bare.get(stack), PreTrainedModel)]
+    for length, part in enumerate(parts):
+        if isinstance(module, PreTrainedModel):
+            stacks.append(".".join(parts[:length]))
+        module = find_base_module(getattr(module, part))
+    return stacks
 
 
 def find_owner(model: nn.Module, name: str) -> str:
@@ -48,6 +51,7 @@ def find_numbered_stack(model: PreTrainedModel) -> PreTrainedModel | None:
     Returns:
         `PreTrainedModel`, *optional*: the model itself or one inside of it; `None` if none takes `position_ids`.
     """
-    attention = next((name for name in find_attention_modules(model) if belongs_to_text(model, name)), "")
-    stacks: Any = (model.get_submodule(name) for name in find_stacks(model, attention))
+    attention = next((name for name in find_attention_modules(model) if belongs_to_text(model, name)), None)
+    names = [""] if attention is None else find_stacks(model, attention)
+    stacks: Any = (model.get_submodule(name) for name in names)
     return next((stack for stack in stacks if takes_argument(stack, "position_ids")), None)

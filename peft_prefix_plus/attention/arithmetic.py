@@ -278,7 +278,9 @@ def find_mask_argument(module: nn.Module, args: tuple[Any, ...], kwargs: dict[st
 @torch.compiler.disable(reason=_NOT_COMPILED)  # type: ignore[no-untyped-call, untyped-decorator]
 def attend_by_arithmetic(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Run a module that computes attention by itself, with the prefix that is on its way to it."""
-    arithmetic = AttentionArithmetic(module, peek_prefix(module), find_mask_argument(module, args, kwargs))
+    # Only a module with position biases may have merged them into its mask.
+    mask = find_mask_argument(module, args, kwargs) if read_alibi_slopes(module) is not None else None
+    arithmetic = AttentionArithmetic(module, peek_prefix(module), mask)
     with arithmetic:
         output = module(*args, **kwargs)
     arithmetic.prove_completion()

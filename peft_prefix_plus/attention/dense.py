@@ -62,9 +62,6 @@ def attend_sdpa(
 ) -> tuple[Tensor, Tensor | None]:
     """Attend where a mask of `None` may mean causal attention; see [`attend_eager`]."""
     if attention_mask is not None or not _is_causal(module, query, kwargs):
-        if attention_mask is None and prefix.mask is not None:
-            # Beside a position bias, transformers before 5.15 takes boolean masks only.
-            attention_mask = torch.ones(1, 1, 1, key.shape[-2], dtype=torch.bool, device=key.device)
         return attend_eager(attend, module, query, key, value, attention_mask, prefix, *args, **kwargs)
     # The flag aligns queries and keys at the top left.
     num_queries, num_virtual_tokens = query.shape[-2], prefix.num_virtual_tokens
