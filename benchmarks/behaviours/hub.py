@@ -1,0 +1,1 @@
+"""The Hugging Face Hub, from a server on loopback."""

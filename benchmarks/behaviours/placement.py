@@ -1,0 +1,1 @@
+"""Where weights live: several devices, offloading, several processes."""

@@ -1,0 +1,1 @@
+"""transformers' own adapter methods, auto classes and pipelines."""
