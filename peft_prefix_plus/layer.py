@@ -12,13 +12,16 @@ from .architectures import read_batch_size, uses_attention_interface
 from .attention import attend_with_prefix, original_config, route_config
 from .dropout import PrefixDropout
 from .encoders import PrefixEncoder, fold_encoder
-from .states import PrefixStates, concatenate_states
+from .mixing import RowAdapters
+from .states import PrefixStates, concatenate_states, select_rows
 
 
 class PrefixPlusLayerBase(nn.Module, BaseTunerLayer):
     """What the layers share: they wrap one module, know their adapters, and can be taken out again."""
 
     base_layer: nn.Module
+    # Set while a mixed batch runs.
+    rows: RowAdapters | None = None
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
@@ -40,11 +43,16 @@ class PrefixPlusLayerBase(nn.Module, BaseTunerLayer):
         raise NotImplementedError
 
     def list_effective_adapters(self) -> list[str]:
-        """Names of the adapters that take part in a forward, in their order."""
+        """Names of the adapters that take part in a forward, in their order: active ones, or those of the rows."""
         if self.disable_adapters:
             return []
         available = self.list_adapters()
-        return [name for name in self.active_adapters if name in available]
+        wanted = self.active_adapters if self.rows is None else self.rows.adapters
+        return [name for name in wanted if name in available]
+
+    def mix_rows(self, rows: RowAdapters | None) -> None:
+        """Give every row of the next forwards an adapter of its own; `None` ends that."""
+        self.rows = rows
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
@@ -113,6 +121,10 @@ class PrefixPlusLayer(PrefixPlusLayerBase):
         super().delete_adapter(adapter_name)
         self._update_route()
 
+    def mix_rows(self, rows: RowAdapters | None) -> None:
+        super().mix_rows(rows)
+        self._update_route()
+
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
     ) -> nn.Module:
@@ -127,19 +139,21 @@ class PrefixPlusLayer(PrefixPlusLayerBase):
             self.base_layer.config = self._routed_config if is_active else self._original_config
 
     def get_prefix_states(self, adapter_names: Sequence[str], batch_size: int) -> PrefixStates:
-        """Compute the prefix of some adapters, one behind the other.
+        """Compute the prefix of some adapters: one behind the other, or that of each row in a mixed batch.
 
         Args:
             adapter_names (`Sequence[str]`): at least one adapter of this layer.
-            batch_size (`int`): rows that dropout draws for.
+            batch_size (`int`): rows of the batch.
 
         Returns:
-            [`PrefixStates`]: batch 1, or `batch_size` under dropout.
+            [`PrefixStates`]: batch 1 if all rows share it, or `batch_size`.
         """
         states = [
             self.prefix_plus_dropout[name](self.prefix_plus_encoder[name](), batch_size) for name in adapter_names
         ]
-        return concatenate_states(states)
+        if self.rows is None:
+            return concatenate_states(states)
+        return select_rows(states, self.rows.select(adapter_names, batch_size, states[0].keys.device))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         adapter_names = self.list_effective_adapters()

@@ -19,7 +19,8 @@ from .dropout import PrefixDropout
 from .encoders import build_encoder
 from .injection import InjectionPlan, plan_injection
 from .layer import PrefixPlusLayer, PrefixPlusLayerBase
-from .positions import ShiftedPositionEmbedding, align_positions, stop_aligning_positions
+from .mixing import RowAdapters, check_adapter_names, name_rows_of_other_modules
+from .positions import ShiftedPositionEmbedding, align_positions, find_shifted_stacks, stop_aligning_positions
 
 
 class PrefixPlusModel(BaseTuner):
@@ -155,12 +156,21 @@ class PrefixPlusModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        if kwargs.get("adapter_names") is not None:
-            raise ValueError(
-                "`adapter_names` in a forward (one adapter per row) is not supported by PrefixPlus yet. Use "
-                "`model.set_adapter(name)` and one forward per adapter."
-            )
-        yield
+        adapter_names = kwargs.get("adapter_names")
+        if adapter_names is None:
+            yield
+            return
+        check_adapter_names(adapter_names, self.peft_config, self.training)
+        rows = RowAdapters(adapter_names)
+        layers = [module for module in self.model.modules() if isinstance(module, PrefixPlusLayerBase)]
+        try:
+            for layer in layers:
+                layer.mix_rows(rows)
+            with name_rows_of_other_modules(self.model, find_shifted_stacks(self.model), rows):
+                yield
+        finally:
+            for layer in layers:
+                layer.mix_rows(None)
 
     def unmerge_adapter(self) -> None:
         """Refused, as merging is."""

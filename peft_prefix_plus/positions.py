@@ -1,7 +1,6 @@
 """Where the input stands relative to the prefix."""
 
 import inspect
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from .architectures import (
     counts_positions_itself,
     find_first_position,
     find_numbered_stack,
+    find_owner,
     find_position_tables,
     uses_absolute_positions,
     uses_sectioned_rotary,
@@ -48,7 +48,22 @@ class ShiftedPositionEmbedding(PrefixPlusLayerBase):
         return list(self.prefix_plus_shift)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        shift = sum(self.prefix_plus_shift[name] for name in self.list_effective_adapters())
+        if self.rows is not None and not self.disable_adapters:
+            return self._look_up_rows(self.rows.spread(self.prefix_plus_shift, self.rows.batch_size), args, kwargs)
+        return self._look_up(
+            sum(self.prefix_plus_shift[name] for name in self.list_effective_adapters()), args, kwargs
+        )
+
+    def _look_up_rows(self, shifts: list[int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Look the input up behind each of the prefixes in a mixed batch, and take for every row what is its own."""
+        first, *others = dict.fromkeys(shifts)
+        output = self._look_up(first, args, kwargs)
+        for shift in others:
+            is_own = torch.tensor([own == shift for own in shifts], device=output.device)
+            output = torch.where(is_own[:, None, None], self._look_up(shift, args, kwargs), output)
+        return output
+
+    def _look_up(self, shift: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not shift:
             return self.base_layer(*args, **kwargs)
         bound = inspect.signature(self.base_layer.forward).bind(*args, **kwargs)
@@ -107,7 +122,8 @@ class PositionAligner:
         # Last, as the length of a static cache is a tensor, on which a compiled forward cannot decide.
         if self.has_coordinates and self._has_media_or_past(kwargs):
             return None
-        active = self._iterate_active_adapters(model)
+        layers = (module for module in model.modules() if isinstance(module, PrefixPlusLayer))
+        active = (layer for layer in layers if layer.list_effective_adapters())
         first = next(active, None)
         if first is None:
             return None
@@ -118,8 +134,16 @@ class PositionAligner:
             start = 0 if cache is None else cache.get_seq_length()
             position_ids = torch.arange(inputs.shape[1], device=inputs.device)[None] + start
         if self.moves_input:
-            position_ids = position_ids + sum(self.shift.get(name, 0) for name in {first, *active})
+            position_ids = position_ids + self._compute_shift([first, *active], inputs)
         return args, {**kwargs, "position_ids": position_ids}
+
+    def _compute_shift(self, layers: list[PrefixPlusLayer], inputs: Tensor) -> int | Tensor:
+        """How far the input moves: an int, or `[batch, 1]` if every row has an adapter of its own."""
+        rows = layers[0].rows
+        if rows is not None:
+            return torch.tensor(rows.spread(self.shift, inputs.shape[0]), device=inputs.device)[:, None]
+        active = {name for layer in layers for name in layer.list_effective_adapters()}
+        return sum(self.shift.get(name, 0) for name in active)
 
     @staticmethod
     def _has_media_or_past(kwargs: dict[str, Any]) -> bool:
@@ -127,11 +151,6 @@ class PositionAligner:
             return True
         cache = kwargs.get("past_key_values")
         return cache is not None and cache.get_seq_length() > 0
-
-    @staticmethod
-    def _iterate_active_adapters(model: nn.Module) -> Iterator[str]:
-        layers = (module for module in model.modules() if isinstance(module, PrefixPlusLayer))
-        return (name for layer in layers for name in layer.list_effective_adapters())
 
 
 def align_positions(model: PreTrainedModel, adapter_name: str, num_virtual_tokens: int) -> None:
@@ -159,3 +178,9 @@ def stop_aligning_positions(model: nn.Module) -> None:
             if isinstance(hook, PositionAligner):
                 del module._forward_pre_hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def find_shifted_stacks(model: nn.Module) -> list[nn.Module]:
+    """Find the models inside of a model whose tables of positions are shifted."""
+    tables = [name for name, module in model.named_modules() if isinstance(module, ShiftedPositionEmbedding)]
+    return [model.get_submodule(owner) for owner in dict.fromkeys(find_owner(model, name) for name in tables)]

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class PrefixStates(NamedTuple):
@@ -45,6 +45,46 @@ def concatenate_states(states: Sequence[PrefixStates]) -> PrefixStates:
         return PrefixStates(keys, values)
     masks = [state.mask if state.mask is not None else _all_visible(state) for state in states]
     return PrefixStates(keys, values, _concatenate(masks, dim=-1))
+
+
+class RowSelection(NamedTuple):
+    """Which of several prefixes each row of a batch gets.
+
+    Attributes:
+        indices (`torch.Tensor`): int `[batch]`; -1 for a row without a prefix.
+        is_complete (`bool`): whether every row has one.
+    """
+
+    indices: Tensor
+    is_complete: bool
+
+
+def select_rows(states: Sequence[PrefixStates], selection: RowSelection) -> PrefixStates:
+    """Give every row of a batch a prefix of its own.
+
+    Shorter prefixes are filled up with hidden virtual tokens in front, so that all of them end right before the text.
+
+    Args:
+        states (`Sequence[PrefixStates]`): at least one, of batch 1 and without masks; equal heads and dimensions, any
+            lengths.
+        selection ([`RowSelection`]): which of them each row gets.
+
+    Returns:
+        `PrefixStates`: `[batch, kv_heads, longest P, dim]`; its mask hides what was filled up.
+    """
+    lengths = [state.num_virtual_tokens for state in states]
+    longest, index = max(lengths), selection.indices.clamp(min=0)
+    keys = torch.cat([_fill_up(state.keys, longest) for state in states]).index_select(0, index)
+    values = torch.cat([_fill_up(state.values, longest) for state in states]).index_select(0, index)
+    if selection.is_complete and min(lengths) == longest:
+        return PrefixStates(keys, values)
+    hidden = index.new_tensor([longest - length for length in lengths]).index_select(0, index)
+    hidden = torch.where(selection.indices < 0, longest, hidden)
+    return PrefixStates(keys, values, torch.arange(longest, device=index.device) >= hidden[:, None])
+
+
+def _fill_up(tensor: Tensor, length: int) -> Tensor:
+    return nn.functional.pad(tensor, (0, 0, length - tensor.shape[-2], 0))
 
 
 def _concatenate(tensors: list[Tensor], dim: int) -> Tensor:

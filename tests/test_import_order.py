@@ -12,6 +12,7 @@ ROOT = Path(peft_prefix_plus.__file__).parent
 ORDER = [
     "peft_type",
     "states",
+    "mixing",
     "architectures",
     "encoders",
     "dropout",

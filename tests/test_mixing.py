@@ -1,0 +1,137 @@
+"""Mixed batches: every row equals the row on its own with its adapter."""
+
+import pytest
+import torch
+from helpers import add_prefix, draw_tokens, pad_rows, perturb
+from peft import PeftModel
+from tiny_models import ARCHITECTURES, build_model
+
+from peft_prefix_plus import PrefixPlusConfig, PrefixPlusLayer
+from peft_prefix_plus.states import PrefixStates, RowSelection, select_rows
+
+ROWS = ["short", "__base__", "long", "short", "folded"]
+
+
+def build_mixed(name: str, implementation: str = "sdpa", **overrides: object) -> PeftModel:
+    """A model with three adapters of different lengths and projections, on different layers."""
+    model = get_model(name, implementation, **overrides)
+    perturb(model)
+    return model.eval()
+
+
+def get_model(name: str, implementation: str, **overrides: object) -> PeftModel:
+    base = build_model(name, implementation, **overrides)
+    model = PeftModel(base, build_config(prefix_init_token_ids=[4, 9, 2]), adapter_name="short")
+    model.add_adapter("long", build_config(prefix_init_token_ids=[7, 3, 8, 30, 31, 11], projection="linear"))
+    model.add_adapter("folded", build_config(prefix_init_token_ids=[21, 22, 5], layers_to_transform=[1]))
+    model.base_model.fold_prefix("folded")
+    return model
+
+
+def build_config(**settings: object) -> PrefixPlusConfig:
+    return PrefixPlusConfig(task_type="CAUSAL_LM", projection_dim=8, **settings)
+
+
+def run_alone(model: PeftModel, adapter_name: str, run):
+    """Run with one adapter for all rows."""
+    if adapter_name == "__base__":
+        with model.disable_adapter():
+            return run(model)
+    model.set_adapter(adapter_name)
+    return run(model)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@torch.no_grad()
+def test_every_row_equals_the_row_on_its_own(name, implementation):
+    model = build_mixed(name, implementation)
+    ids, mask = pad_rows(draw_tokens(5, 9), [9, 5, 7, 3, 8], "left")
+    mixed = model(ids, attention_mask=mask, adapter_names=ROWS).logits
+    assert not torch.allclose(mixed[0], mixed[3], atol=1e-2)
+    for row, adapter_name in enumerate(ROWS):
+        own, own_mask = ids[row : row + 1], mask[row : row + 1]
+        alone = run_alone(model, adapter_name, lambda m, i=own, k=own_mask: m(i, attention_mask=k).logits)
+        visible = mask[row].bool()
+        torch.testing.assert_close(mixed[row][visible], alone[0][visible], atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"num_beams": 3},
+        {"num_beams": 2, "num_return_sequences": 2},
+        {"cache_implementation": "static"},
+        {"use_cache": False},
+    ],
+    ids=["greedy", "beams", "returned", "static", "no cache"],
+)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "gemma3_text"])
+def test_generation_gives_the_tokens_of_every_row_on_its_own(name, settings):
+    model = build_mixed(name)
+    ids, mask = pad_rows(draw_tokens(5, 9), [9, 5, 7, 3, 8], "left")
+    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0} | settings
+    mixed = model.generate(input_ids=ids, attention_mask=mask, adapter_names=ROWS, **settings)
+    mixed = mixed.view(5, -1, mixed.shape[-1])
+    for row, adapter_name in enumerate(ROWS):
+        own, own_mask = ids[row : row + 1], mask[row : row + 1]
+        alone = run_alone(
+            model, adapter_name, lambda m, i=own, k=own_mask: m.generate(input_ids=i, attention_mask=k, **settings)
+        )
+        assert torch.equal(mixed[row], alone), adapter_name
+
+
+def test_nothing_is_left_of_a_mixed_batch():
+    model = build_mixed("gpt2")
+    hooks = [(name, len(module._forward_pre_hooks)) for name, module in model.named_modules()]
+    model.set_adapter("long")
+    ids = draw_tokens(2, 6)
+    expected = model(ids).logits
+    model(ids, adapter_names=["short", "__base__"])
+    assert torch.equal(model(ids).logits, expected)
+    with pytest.raises(ValueError, match="2 names, but the batch has 3 rows"):
+        model(draw_tokens(3, 6), adapter_names=["short", "__base__"])
+    assert torch.equal(model(ids).logits, expected)
+    assert [(name, len(module._forward_pre_hooks)) for name, module in model.named_modules()] == hooks
+    with model.disable_adapter():
+        base = model(ids).logits
+    assert torch.equal(model(ids, adapter_names=["__base__", "__base__"]).logits, base)
+
+
+def test_equal_lengths_need_no_mask():
+    model = add_prefix(build_model("llama"), projection="none")
+    model.add_adapter("other", build_config(prefix_init_token_ids=[1, 2, 3, 4, 5]))
+    layer = next(module for module in model.modules() if isinstance(module, PrefixPlusLayer))
+    states = [PrefixStates(*(torch.randn(1, 2, 3, 4) for _ in range(2))) for _ in range(2)]
+    assert select_rows(states, RowSelection(torch.tensor([1, 0]), True)).mask is None
+    assert layer.rows is None
+
+
+def test_shorter_prefixes_end_right_before_the_text():
+    states = [PrefixStates(*(torch.randn(1, 2, length, 4) for _ in range(2))) for length in (1, 3)]
+    mixed = select_rows(states, RowSelection(torch.tensor([0, 1, -1]), False))
+    assert mixed.mask.tolist() == [[False, False, True], [True] * 3, [False] * 3]
+    assert torch.equal(mixed.keys[0, :, 2:], states[0].keys[0])
+    assert torch.equal(mixed.values[1], states[1].values[0])
+
+
+@pytest.mark.parametrize(
+    ("names", "error", "message"),
+    [
+        (["short", "absent"], ValueError, "absent"),
+        ("short", TypeError, "must be a list"),
+        ([], ValueError, "short, long, folded"),
+        ([1, 2], TypeError, "must be a list"),
+    ],
+)
+def test_wrong_names_are_refused(names, error, message):
+    model = build_mixed("llama")
+    with pytest.raises(error, match=message):
+        model(draw_tokens(2, 6), adapter_names=names)
+
+
+def test_training_is_refused():
+    model = build_mixed("llama").train()
+    with pytest.raises(ValueError, match=r"model\.eval\(\)"):
+        model(draw_tokens(2, 6), adapter_names=["short", "long"])
