@@ -3,8 +3,10 @@
 import pytest
 import torch
 from helpers import add_prefix, draw_tokens, pad_rows, perturb
-from peft import PeftModel
+from peft import PeftModel, PeftModelForSequenceClassification
 from tiny_models import ARCHITECTURES, build_model
+from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel
+from zoo_models import build_zoo_model, draw_text
 
 from peft_prefix_plus import PrefixPlusConfig, PrefixPlusLayer
 from peft_prefix_plus.states import PrefixStates, RowSelection, select_rows
@@ -135,3 +137,90 @@ def test_training_is_refused():
     model = build_mixed("llama").train()
     with pytest.raises(ValueError, match=r"model\.eval\(\)"):
         model(draw_tokens(2, 6), adapter_names=["short", "long"])
+
+
+# ALiBi, attention without the interface, several calls a layer, latent attention, a state, positions of other kinds.
+OTHER_TYPES = [
+    "bloom",
+    "falcon",
+    "mpt",
+    "gptj",
+    "codegen",
+    "ctrl",
+    "doge",
+    "diffllama",
+    "deepseek_v3",
+    "jamba",
+    "xglm",
+]
+OTHER_TYPES += ["gpt_neo", "biogpt", "qwen3_next"]
+
+
+@pytest.mark.parametrize("model_type", OTHER_TYPES)
+@torch.no_grad()
+def test_every_row_equals_the_row_on_its_own_on_other_architectures(model_type):
+    model = add_three_adapters(build_zoo_model("causal", model_type), "CAUSAL_LM")
+    ids = draw_text(5)
+    mixed = model(ids, adapter_names=ROWS).logits
+    for row, adapter_name in enumerate(ROWS):
+        alone = run_alone(model, adapter_name, lambda m, i=ids[row : row + 1]: m(i).logits)
+        torch.testing.assert_close(mixed[row], alone[0], atol=3e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+@pytest.mark.parametrize("model_type", ["bart", "t5", "m2m_100", "pegasus", "marian"])
+@torch.no_grad()
+def test_encoder_decoders_generate_the_tokens_of_every_row_on_its_own(model_type, num_beams):
+    model = add_three_adapters(build_zoo_model("seq2seq", model_type), "SEQ_2_SEQ_LM")
+    ids, mask = pad_rows(draw_text(5, 9), [9, 5, 7, 3, 8], "right")
+    settings = {"max_new_tokens": 5, "num_beams": num_beams, "do_sample": False}
+    mixed = model.generate(input_ids=ids, attention_mask=mask, adapter_names=ROWS, **settings)
+    for row, adapter_name in enumerate(ROWS):
+        own, own_mask = ids[row : row + 1], mask[row : row + 1]
+        alone = run_alone(
+            model, adapter_name, lambda m, i=own, k=own_mask: m.generate(input_ids=i, attention_mask=k, **settings)
+        )
+        assert torch.equal(mixed[row][: alone.shape[1]], alone[0]), adapter_name
+
+
+def add_three_adapters(base: PreTrainedModel, task_type: str) -> PeftModel:
+    settings = {"task_type": task_type, "projection": "none"}
+    model = PeftModel(base, PrefixPlusConfig(num_virtual_tokens=3, **settings), adapter_name="short")
+    model.add_adapter("long", PrefixPlusConfig(num_virtual_tokens=6, prefix_init_seed=1, **settings))
+    model.add_adapter("folded", PrefixPlusConfig(num_virtual_tokens=3, prefix_init="random", **settings))
+    perturb(model)
+    return model.eval()
+
+
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "modernbert", "deberta-v2"])
+@torch.no_grad()
+def test_every_row_equals_the_row_on_its_own_in_encoders(model_type):
+    model = add_three_adapters(build_zoo_model("encoder", model_type), "FEATURE_EXTRACTION")
+    ids = draw_text(5)
+    mixed = model(input_ids=ids, adapter_names=ROWS)[0]
+    for row, adapter_name in enumerate(ROWS):
+        alone = run_alone(model, adapter_name, lambda m, i=ids[row : row + 1]: m(input_ids=i)[0])
+        torch.testing.assert_close(mixed[row], alone[0], atol=3e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("active", ["default", "headless"])
+@torch.no_grad()
+def test_rows_get_the_classification_head_of_their_adapter(active):
+    config = BertConfig(
+        vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
+    )
+    torch.manual_seed(0)
+    base = BertForSequenceClassification(config).eval()
+    model = PeftModelForSequenceClassification(base, PrefixPlusConfig(task_type="SEQ_CLS", num_virtual_tokens=3))
+    model.add_adapter("other", PrefixPlusConfig(task_type="SEQ_CLS", num_virtual_tokens=5))
+    model.add_adapter("headless", PrefixPlusConfig(num_virtual_tokens=2))
+    for name, parameter in model.named_parameters():
+        if "classifier" in name and "original" not in name:
+            torch.nn.init.normal_(parameter)
+    model.set_adapter(active)
+    model.eval()
+    rows, ids = ["other", "default", "__base__", "headless"], draw_tokens(4, 6)
+    mixed = model(ids, adapter_names=rows).logits
+    for row, adapter_name in enumerate(rows):
+        alone = run_alone(model, adapter_name, lambda m, i=ids[row : row + 1]: m(i).logits)
+        torch.testing.assert_close(mixed[row], alone[0], atol=1e-4, rtol=1e-4)
