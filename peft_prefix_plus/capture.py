@@ -9,15 +9,19 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.integrations import is_fsdp_enabled
 
 from .architectures import (
     count_codebooks,
     count_positions,
     count_token_embeddings,
     find_attention_modules,
+    find_device,
     find_input_shapes,
+    find_missing_weights,
     find_numbered_stack,
     find_position_tables,
+    gather_weights,
     takes_argument,
     uses_absolute_positions,
 )
@@ -52,16 +56,12 @@ def capture_prefix_states(model: PreTrainedModel, input_ids: Tensor | list[int])
         model = model.get_base_model()
     elif isinstance(model, BaseTuner):
         model = model.model
-    device = next(model.parameters()).device
-    if device.type == "meta":
-        raise CaptureError(
-            "The base model's weights are on the meta device, so no keys and values can be computed. Load the weights "
-            "first, or load a saved adapter with `PeftModel.from_pretrained`."
-        )
-    ids = torch.as_tensor(input_ids, device=device)
-    _check_token_ids(model, ids)
-    with _negative_positions(model):
-        return _record_forward(model, _build_text_inputs(model, ids.reshape(1, -1)))
+    _check_weights(model)
+    ids = torch.as_tensor(input_ids, device=find_device(model))
+    with gather_weights(model):
+        _check_token_ids(model, ids)
+        with _negative_positions(model):
+            return _record_forward(model, _build_text_inputs(model, ids.reshape(1, -1)))
 
 
 def capture_noise_states(model: PreTrainedModel, seed: int) -> dict[str, PrefixStates]:
@@ -76,8 +76,26 @@ def capture_noise_states(model: PreTrainedModel, seed: int) -> dict[str, PrefixS
 
     Raises:
         ValueError: if the shape of the model's input cannot be found.
+        CaptureError: if there are no weights yet.
     """
-    return _record_forward(model, _draw_noise(model, seed))
+    _check_weights(model)
+    with gather_weights(model):
+        return _record_forward(model, _draw_noise(model, seed))
+
+
+def _check_weights(model: PreTrainedModel) -> None:
+    missing = find_missing_weights(model)
+    if not missing:
+        return
+    if is_fsdp_enabled():
+        remedy = "Set `fsdp_cpu_ram_efficient_loading: false` (`cpu_ram_efficient_loading` in `fsdp_config`)"
+    else:
+        remedy = "Load the weights first"
+    raise CaptureError(
+        f"{len(missing)} weights of the base model, such as {missing[0]!r}, are on the meta device, so no keys and "
+        f"values can be computed that a prefix could start from. {remedy}; or load a saved adapter with "
+        "`PeftModel.from_pretrained(model, adapter_dir, low_cpu_mem_usage=True)`."
+    )
 
 
 def _draw_noise(model: PreTrainedModel, seed: int) -> dict[str, Tensor]:
@@ -85,7 +103,7 @@ def _draw_noise(model: PreTrainedModel, seed: int) -> dict[str, Tensor]:
     parameter = next(model.parameters())
     generator = torch.Generator().manual_seed(seed)
     return {
-        name: torch.randn(shape, generator=generator).to(parameter.device, parameter.dtype)
+        name: torch.randn(shape, generator=generator).to(find_device(model), parameter.dtype)
         for name, shape in find_input_shapes(model).items()
     }
 

@@ -106,18 +106,12 @@ def name_rows_of_other_modules(model: nn.Module, stacks: Sequence[nn.Module], ro
         stacks (`Sequence[nn.Module]`): those that write to `rows.batch_size` how many rows they got.
         rows ([`RowAdapters`]): the rows.
     """
-    wrappers: list[Any] = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
-    active = [wrapper._active_adapter for wrapper in wrappers]
+    wrappers = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
     handles = [
         wrapper.register_forward_pre_hook(partial(_name_rows, rows), with_kwargs=True) for wrapper in wrappers
     ] + [stack.register_forward_pre_hook(partial(_count_rows, rows), with_kwargs=True) for stack in stacks]
-    for wrapper in wrappers:
-        # PEFT passes the rows by a wrapper that has nothing for the active adapter.
-        wrapper._active_adapter = sorted(wrapper._adapters)[:1]
     try:
         yield
     finally:
-        for wrapper, names in zip(wrappers, active, strict=True):
-            wrapper._active_adapter = names
         for handle in handles:
             handle.remove()

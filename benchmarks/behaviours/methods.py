@@ -20,9 +20,11 @@ class Method(NamedTuple):
     name: str
     build_config: Callable[..., PeftConfig]
 
-    def apply(self, model: PreTrainedModel, size: int = 4, task_type: str | None = "CAUSAL_LM") -> PeftModel:
+    def apply(
+        self, model: PreTrainedModel, size: int = 4, task_type: str | None = "CAUSAL_LM", **fields: Any
+    ) -> PeftModel:
         """Wrap a model, as `get_peft_model` does; `size` is the prefix length, or the rank."""
-        return get_peft_model(model, self.build_config(size=size, task_type=task_type))
+        return get_peft_model(model, self.build_config(size=size, task_type=task_type, **fields))
 
 
 def _prefix_plus(size: int = 4, **fields: Any) -> PeftConfig:

@@ -4,6 +4,11 @@ from .alibi import (
     AlibiSlopes,
     read_alibi_slopes,
 )
+from .devices import (
+    find_device,
+    find_missing_weights,
+    gather_weights,
+)
 from .geometry import (
     AttentionGeometry,
     compute_key_bias,
@@ -61,13 +66,16 @@ __all__ = [
     "explain_missing_attention",
     "find_attention_call",
     "find_attention_modules",
+    "find_device",
     "find_first_position",
     "find_input_shapes",
+    "find_missing_weights",
     "find_numbered_stack",
     "find_owner",
     "find_position_tables",
     "find_stacks",
     "find_token_embeddings",
+    "gather_weights",
     "is_attention_module",
     "is_cross_attention",
     "iterate_base_modules",

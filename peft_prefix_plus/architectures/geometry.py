@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .devices import find_device
 from .modules import uses_attention_interface
 
 _NUM_HEADS_NAMES = ("num_attention_heads", "num_heads", "n_heads", "n_head", "num_attn_heads")
@@ -61,7 +62,7 @@ class AttentionGeometry:
         num_key_value_heads (`int`): heads of keys and values, before they are repeated for grouped queries.
         key_dim (`int`): size of one head's key.
         value_dim (`int`): size of one head's value.
-        device (`torch.device`): where the module's parameters live.
+        device (`torch.device`): where the module computes.
     """
 
     num_key_value_heads: int
@@ -108,7 +109,7 @@ def read_geometry(module: nn.Module) -> AttentionGeometry:
     if name in _VALUE_DIMS:
         value_dim = _VALUE_DIMS[name](module)
     num_key_value_heads *= count_attention_calls(module)
-    return AttentionGeometry(num_key_value_heads, key_dim, value_dim, next(module.parameters()).device)
+    return AttentionGeometry(num_key_value_heads, key_dim, value_dim, find_device(module))
 
 
 def _first_attribute(owners: tuple[Any, ...], names: tuple[str, ...]) -> int | None:

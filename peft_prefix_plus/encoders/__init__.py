@@ -4,6 +4,7 @@ from ..architectures import AttentionGeometry
 from .base import PrefixEncoder
 from .direct import DirectPrefix, fold_encoder
 from .projected import LinearPrefix, MLPPrefix
+from .slot import PrefixSlot
 
 PROJECTIONS = ("none", "linear", "mlp")
 
@@ -39,6 +40,7 @@ __all__ = [
     "LinearPrefix",
     "MLPPrefix",
     "PrefixEncoder",
+    "PrefixSlot",
     "build_encoder",
     "fold_encoder",
 ]

@@ -57,12 +57,12 @@ class PrefixEncoder(nn.Module):
 
     @property
     def initialized(self) -> bool:
-        """Whether the frozen part has been filled, by [`initialize`] or from a checkpoint."""
-        return not bool(torch.isnan(self.anchor_keys).any())
+        """Whether the frozen part has been filled, by [`initialize`] or from a checkpoint; not on the meta device."""
+        return not self.anchor_keys.is_meta and not bool(torch.isnan(self.anchor_keys).any())
 
     def check_initialized(self) -> None:
         """Raise a `RuntimeError` if the frozen part has not been filled; looked up until it has, and never again."""
-        if self._was_initialized or torch.compiler.is_compiling():
+        if self._was_initialized or torch.compiler.is_compiling() or self.anchor_keys.is_meta:
             return
         if not self.initialized:
             raise RuntimeError(

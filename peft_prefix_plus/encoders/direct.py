@@ -26,16 +26,19 @@ class DirectPrefix(PrefixEncoder):
 
 
 @torch.no_grad()
-def fold_encoder(encoder: PrefixEncoder) -> DirectPrefix:
+def fold_encoder(encoder: PrefixEncoder) -> PrefixEncoder:
     """Return a direct encoder with the same keys and values, bit for bit.
 
     Args:
         encoder ([`PrefixEncoder`]): any initialized encoder; left as it is.
 
     Returns:
-        [`DirectPrefix`]: its anchor is the result, its delta zero; it trains if the encoder does.
+        [`PrefixEncoder`]: a [`DirectPrefix`] whose anchor is the result and whose delta is zero; it trains if the
+            encoder does. A slot, which holds a result already, is returned itself.
     """
     states = encoder()
+    if states.mask is not None:
+        return encoder
     num_frozen_tokens = encoder.num_virtual_tokens - encoder.num_trained_tokens
     folded = DirectPrefix(encoder.geometry, encoder.num_virtual_tokens, num_frozen_tokens).to(states.keys.device)
     folded.initialize(states, PrefixStates(encoder.scale_keys[None], encoder.scale_values[None]))
