@@ -5,6 +5,7 @@ Importing the package registers the method; from then on `get_peft_model` and `P
 
 from .capture import capture_prefix_states
 from .config import PrefixPlusConfig
+from .hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from .layer import PrefixPlusLayer
 from .model import PrefixPlusModel
 from .registration import register
@@ -20,6 +21,8 @@ __all__ = [
     "PrefixStates",
     "SupportedModel",
     "capture_prefix_states",
+    "hotswap_adapter",
+    "prepare_model_for_compiled_hotswap",
     "supported_model_types",
 ]
 

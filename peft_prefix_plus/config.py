@@ -4,19 +4,26 @@ import dataclasses
 import json
 import os
 import re
+import reprlib
 from dataclasses import dataclass, field
 from typing import Any
 
 from peft import PeftConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
 
 from .encoders import PROJECTIONS
+from .patterns import PLACE, check_pattern
 from .peft_type import PREFIX_PLUS
+from .weights import AdapterSource, find_local_weights, read_tensor_infos
 
 DROPOUT_MODES = ("token", "element")
 PREFIX_INITS = ("vocab", "text", "tokens", "random", "zero")
 DEFAULT_NUM_VIRTUAL_TOKENS = 20
+# More than any model reads, and little enough that no product of sizes overflows.
+MAX_SIZE = 2**24
+# How PEFT and `match_module_pattern` use what stands in a configuration.
+_MODULE_PATTERN = rf"(.*\.)?({PLACE})$"
+_LAYERS_PATTERN = rf"(?:^|.*?\.){PLACE}\.(?P<idx>\d+)\."
+_MODULE_NAME = re.compile(r"[\w-]+(\.[\w-]+)*")
 
 
 @dataclass
@@ -66,6 +73,7 @@ class PrefixPlusConfig(PeftConfig):
             Tokenizer for `prefix_init_text`. `None` (default): that of the base model.
         tokenizer_kwargs (`dict`, *optional*):
             Passed to `AutoTokenizer.from_pretrained`; `add_special_tokens` (default `False`) goes to its call.
+            `trust_remote_code` is refused.
         num_frozen_tokens (`int`):
             Leading virtual tokens that keep their initial value, default 0. One or more keep an attention sink intact.
         prefix_is_initialized (`bool`):
@@ -132,11 +140,12 @@ class PrefixPlusConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._resolved_target_modules: list[str] | str | None = None
+        # Where this configuration was read, until the weights there have been compared with it.
+        self.source: AdapterSource | None = None
         self.peft_type = PREFIX_PLUS
-        if isinstance(self.target_modules, set):
-            self.target_modules = sorted(self.target_modules)
-        if isinstance(self.exclude_modules, set):
-            self.exclude_modules = sorted(self.exclude_modules)
+        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+            if isinstance(getattr(self, name), set) and all(isinstance(item, str) for item in getattr(self, name)):
+                setattr(self, name, sorted(getattr(self, name)))
         if isinstance(self.prefix_init_token_ids, tuple):
             self.prefix_init_token_ids = list(self.prefix_init_token_ids)
         if self.num_virtual_tokens_pattern is None:
@@ -144,6 +153,8 @@ class PrefixPlusConfig(PeftConfig):
         self._check_choices()
         self._check_numbers()
         self._check_targets()
+        self._check_layers()
+        self._check_names()
         self._resolve_prefix_init()
 
     def _check_choices(self) -> None:
@@ -153,17 +164,18 @@ class PrefixPlusConfig(PeftConfig):
             ("prefix_init", PREFIX_INITS),
         ):
             value = getattr(self, name)
-            if value not in choices:
+            if not isinstance(value, str) or value not in choices:
                 raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
 
     def _check_numbers(self) -> None:
         if self.num_virtual_tokens is not None:
-            _check_integer("num_virtual_tokens", self.num_virtual_tokens, minimum=1)
-        _check_integer("projection_dim", self.projection_dim, minimum=1)
+            _check_integer("num_virtual_tokens", self.num_virtual_tokens, minimum=1, maximum=MAX_SIZE)
+        _check_integer("projection_dim", self.projection_dim, minimum=1, maximum=MAX_SIZE)
         _check_integer("num_frozen_tokens", self.num_frozen_tokens, minimum=0)
-        _check_integer("prefix_init_seed", self.prefix_init_seed, minimum=0)
-        if not isinstance(self.prefix_is_initialized, bool):
-            raise ValueError(f"`prefix_is_initialized` must be true or false, got {self.prefix_is_initialized!r}.")
+        _check_integer("prefix_init_seed", self.prefix_init_seed, minimum=0, maximum=2**63 - 1)
+        for name in ("prefix_is_initialized", "inference_mode"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"`{name}` must be true or false, got {_show(getattr(self, name))}.")
         probability = self.prefix_dropout
         if isinstance(probability, bool) or not isinstance(probability, int | float) or not 0.0 <= probability < 1.0:
             raise ValueError(f"`prefix_dropout` must be a probability of at least 0 and below 1, got {probability!r}.")
@@ -173,8 +185,8 @@ class PrefixPlusConfig(PeftConfig):
                 f"got {self.num_virtual_tokens_pattern!r}."
             )
         for pattern, length in self.num_virtual_tokens_pattern.items():
-            _check_regular_expression("num_virtual_tokens_pattern", pattern)
-            _check_integer(f"num_virtual_tokens_pattern[{pattern!r}]", length, minimum=0)
+            check_pattern("num_virtual_tokens_pattern", pattern, _MODULE_PATTERN)
+            _check_integer(f"num_virtual_tokens_pattern[{pattern!r}]", length, minimum=0, maximum=MAX_SIZE)
         if self.num_virtual_tokens is not None:
             self.check_frozen_tokens(self.num_virtual_tokens)
 
@@ -190,9 +202,16 @@ class PrefixPlusConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, str):
-                _check_regular_expression(name, value)
-            elif value is not None and not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
-                raise ValueError(f"`{name}` must be a list of module names or a regular expression, got {value!r}.")
+                check_pattern(name, value)
+            elif value is not None and not _is_list_of_strings(value):
+                raise ValueError(
+                    f"`{name}` must be a list of module names or a regular expression, got {_show(value)}."
+                )
+        names = self.modules_to_save
+        if names is not None and not (_is_list_of_strings(names) and all(map(_MODULE_NAME.fullmatch, names))):
+            raise ValueError(f"`modules_to_save` must be a list of module names, got {_show(names)}.")
+
+    def _check_layers(self) -> None:
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ValueError(
                 "`layers_to_transform` cannot be used with a regular expression in `target_modules`; write the layers "
@@ -209,6 +228,31 @@ class PrefixPlusConfig(PeftConfig):
                 )
             for index in listed:
                 _check_integer("layers_to_transform", index, minimum=0)
+        patterns = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern
+        if patterns is not None and not _is_list_of_strings(patterns):
+            raise ValueError(f"`layers_pattern` must be a name or a list of names, got {_show(patterns)}.")
+        for pattern in patterns or ():
+            check_pattern("layers_pattern", pattern, _LAYERS_PATTERN)
+
+    def _check_names(self) -> None:
+        """Check what other libraries take from a configuration, so that a file cannot make them do what it likes."""
+        for name in ("base_model_name_or_path", "revision", "peft_version", "tokenizer_name_or_path"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str | os.PathLike):
+                raise ValueError(f"`{name}` must be a string, got {_show(value)}.")
+        mapping = self.auto_mapping
+        if mapping is not None and not (
+            isinstance(mapping, dict) and all(isinstance(value, str | bool | None) for value in mapping.values())
+        ):
+            raise ValueError(f"`auto_mapping` must be a dict of names, got {_show(mapping)}.")
+        kwargs = self.tokenizer_kwargs
+        if kwargs is not None and not (isinstance(kwargs, dict) and all(isinstance(key, str) for key in kwargs)):
+            raise ValueError(f"`tokenizer_kwargs` must be a dict of keyword arguments, got {_show(kwargs)}.")
+        if (kwargs or {}).get("trust_remote_code"):
+            raise ValueError(
+                "`tokenizer_kwargs` has `trust_remote_code`, which would run code for everybody who uses this "
+                "configuration. Tokenize the text with that tokenizer yourself, and set `prefix_init_token_ids`."
+            )
 
     def _resolve_prefix_init(self) -> None:
         if self.prefix_init_text is not None and self.prefix_init_token_ids is not None:
@@ -271,28 +315,29 @@ class PrefixPlusConfig(PeftConfig):
         saved = dataclasses.replace(self, prefix_is_initialized=True, target_modules=targets)
         super(PrefixPlusConfig, saved).save_pretrained(save_directory, **kwargs)
 
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
-    ) -> "PrefixPlusConfig":
-        """Read `adapter_config.json`, after a look at a weights file beside it; see `PeftConfig.from_pretrained`.
+    def remember_source(self, model_id: str, subfolder: str | None, download_kwargs: dict[str, Any]) -> None:
+        """Note where this configuration was read. Its weights are there, so the initialization must not run.
+
+        Args:
+            model_id (`str`): a directory or a repository of the Hub.
+            subfolder (`str`, *optional*): below it.
+            download_kwargs (`dict`): for `huggingface_hub.hf_hub_download`.
 
         Raises:
-            ValueError: if either file is damaged, or a field has a value that is not allowed.
+            ValueError: if there is a weights file in the directory, and it is damaged.
         """
-        folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
-        check_weights_file(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME))
-        config: PrefixPlusConfig = super().from_pretrained(
-            pretrained_model_name_or_path, subfolder=subfolder, **kwargs
-        )
-        return config
+        self.prefix_is_initialized = True
+        self.source = AdapterSource(os.fspath(model_id), subfolder, download_kwargs)
+        path = find_local_weights(self.source.folder)
+        if path is not None:
+            read_tensor_infos(path)
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
         """Read a configuration file; see `PeftConfig.from_json_file`."""
         try:
             attributes = super().from_json_file(path_json_file, **kwargs)
-        except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, TypeError, RecursionError) as error:
             raise ValueError(
                 f"{path_json_file} does not hold a JSON object ({error}). Download or copy the adapter once more."
             ) from error
@@ -303,31 +348,23 @@ class PrefixPlusConfig(PeftConfig):
         return attributes
 
 
-def check_weights_file(path: str) -> None:
-    """Raise a `ValueError` if there is a weights file at `path` and it is damaged; only its header is read."""
-    if not os.path.isfile(path):
-        return
-    try:
-        with safe_open(path, framework="pt"):
-            pass
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{path} is not a complete safetensors file ({error}). Download or copy the adapter once more."
-        ) from error
-
-
 def match_module_pattern(pattern: str, module_name: str) -> bool:
     """Whether a key of `num_virtual_tokens_pattern` means a module: the rule of LoRA's `rank_pattern`."""
-    return re.match(rf"(.*\.)?({pattern})$", module_name) is not None
+    return re.match(_MODULE_PATTERN.replace(PLACE, pattern), module_name) is not None
 
 
-def _check_integer(name: str, value: object, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ValueError(f"`{name}` must be an integer of at least {minimum}, got {value!r}.")
+def _check_integer(name: str, value: object, minimum: int, maximum: int | None = None) -> None:
+    is_integer = isinstance(value, int) and not isinstance(value, bool)
+    if not is_integer or value < minimum:  # type: ignore[operator]
+        raise ValueError(f"`{name}` must be an integer of at least {minimum}, got {_show(value)}.")
+    if maximum is not None and value > maximum:  # type: ignore[operator]
+        raise ValueError(f"`{name}` must be an integer of at most {maximum}, got {_show(value)}.")
 
 
-def _check_regular_expression(name: str, pattern: object) -> None:
-    try:
-        re.compile(pattern)  # type: ignore[call-overload]
-    except (re.error, TypeError) as error:
-        raise ValueError(f"`{name}` has {pattern!r}, which is not a regular expression: {error}.") from error
+def _is_list_of_strings(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _show(value: object) -> str:
+    """What an error says about a value that may be of any size."""
+    return reprlib.repr(value) if isinstance(value, int) else f"{value!r:.200}"

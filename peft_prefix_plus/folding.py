@@ -1,4 +1,4 @@
-"""Folds saved adapters: replaces a projection by its result, on disk."""
+"""Folds saved adapters: replaces a projection by its result, on disk; and reads what they hold."""
 
 import dataclasses
 import os
@@ -37,14 +37,9 @@ def fold_adapter(adapter_dir: str, output_dir: str) -> str:
     config = PrefixPlusConfig.from_pretrained(adapter_dir)
     if not isinstance(config, PrefixPlusConfig):
         raise ValueError(f"{adapter_dir} holds an adapter of type {config.peft_type}; only PrefixPlus can be folded.")
-    weights = load_file(weights_path)
-    modules: dict[str, dict[str, Tensor]] = {}
-    folded = {key: tensor for key, tensor in weights.items() if _ENCODER not in key}
-    for key in weights.keys() - folded.keys():
-        module_name, _, tensor_name = key.rpartition(_ENCODER)
-        modules.setdefault(module_name, {})[tensor_name] = weights[key]
+    modules, folded = group_weights(load_file(weights_path))
     for module_name, tensors in modules.items():
-        encoder = fold_encoder(_rebuild_encoder(module_name, tensors, config))
+        encoder = fold_encoder(rebuild_encoder(module_name, tensors, config))
         folded.update({f"{module_name}{_ENCODER}{name}": tensor for name, tensor in encoder.state_dict().items()})
     os.makedirs(output_dir, exist_ok=True)
     dataclasses.replace(config, projection="none").save_pretrained(output_dir)
@@ -56,8 +51,38 @@ def fold_adapter(adapter_dir: str, output_dir: str) -> str:
     return output_path
 
 
-def _rebuild_encoder(module_name: str, tensors: dict[str, Tensor], config: PrefixPlusConfig) -> PrefixEncoder:
-    """Build the encoder of one module from its saved tensors, whose shapes tell its geometry."""
+def group_weights(weights: dict[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """Sort the tensors of a saved adapter by the module that they belong to.
+
+    Args:
+        weights (`dict[str, torch.Tensor]`): by the names in its file.
+
+    Returns:
+        `tuple[dict[str, dict[str, torch.Tensor]], dict[str, torch.Tensor]]`: for each attention module the tensors of
+            its encoder; and the tensors of other modules.
+    """
+    modules: dict[str, dict[str, Tensor]] = {}
+    others = {key: tensor for key, tensor in weights.items() if _ENCODER not in key}
+    for key in sorted(weights.keys() - others.keys()):
+        module_name, _, tensor_name = key.rpartition(_ENCODER)
+        modules.setdefault(module_name, {})[tensor_name] = weights[key]
+    return modules, others
+
+
+def rebuild_encoder(module_name: str, tensors: dict[str, Tensor], config: PrefixPlusConfig) -> PrefixEncoder:
+    """Build the encoder of one module from its saved tensors, whose shapes tell its geometry.
+
+    Args:
+        module_name (`str`): the attention module, as in the file.
+        tensors (`dict[str, torch.Tensor]`): those of its encoder.
+        config ([`PrefixPlusConfig`]): the adapter's.
+
+    Returns:
+        [`PrefixEncoder`]: on the device of the tensors.
+
+    Raises:
+        ValueError: if tensors and configuration do not fit each other.
+    """
     expected = config.resolve_num_virtual_tokens(module_name)
     if "anchor_keys" in tensors and tensors["anchor_keys"].shape[1] != expected:
         raise ValueError(

@@ -32,6 +32,7 @@ from .initialization import (
     resolve_init_token_ids,
     resolve_prefix_length,
 )
+from .layer import PrefixPlusLayer
 from .states import PrefixStates
 
 
@@ -71,6 +72,7 @@ def plan_injection(config: PrefixPlusConfig, model: PreTrainedModel) -> Injectio
     modules = find_attention_modules(model)
     if not modules:
         raise ValueError(f"{type(model).__name__} {explain_missing_attention(model)}")
+    given = config
     init_token_ids = None if config.prefix_is_initialized else resolve_init_token_ids(config, model)
     config = dataclasses.replace(config, num_virtual_tokens=resolve_prefix_length(config, init_token_ids))
     captured: dict[str, PrefixStates] = {}
@@ -82,7 +84,7 @@ def plan_injection(config: PrefixPlusConfig, model: PreTrainedModel) -> Injectio
             if takes_argument(model, "input_ids"):
                 # Others take no part in a forward over text, such as what reads images.
                 chosen = [name for name in chosen if name in captured] or chosen
-        config = dataclasses.replace(config, target_modules=_name_targets(model, chosen))
+        config = dataclasses.replace(config, target_modules=name_targets(model, chosen))
     lengths = _resolve_lengths(config, model, modules)
     _check_implementations(modules, lengths)
     for length in lengths.values():
@@ -94,8 +96,32 @@ def plan_injection(config: PrefixPlusConfig, model: PreTrainedModel) -> Injectio
             captured = capture_states(config, model, list(lengths), max(lengths.values()), init_token_ids)
         initial_states = build_initial_states(config, lengths, geometries, captured)
         _check_geometries(geometries, initial_states)
+    initial_states |= _copy_initial_states(model, given, lengths)
     shifts = _find_position_shifts(model, lengths) if config.initializes_from_tokens else {}
     return InjectionPlan(config, lengths, geometries, initial_states, shifts)
+
+
+def _copy_initial_states(
+    model: PreTrainedModel, config: PrefixPlusConfig, names: Iterable[str]
+) -> dict[str, InitialStates]:
+    """Where another adapter with the very same configuration object started; empty if there is none.
+
+    TRL makes its reference so: it adds an adapter with the configuration of the one that is to be trained, which may
+    come from a file or be folded, and copies the trained parameters, but not the frozen part.
+    """
+    twins = [name for name, other in vars(model).get("peft_config", {}).items() if other is config]
+    states = {}
+    for name in names:
+        layer = model.get_submodule(name)
+        if not isinstance(layer, PrefixPlusLayer):
+            continue
+        encoders = [layer.get_encoder(twin) for twin in twins if twin in layer.list_adapters()]
+        for encoder in [encoder for encoder in encoders if encoder.initialized][:1]:
+            states[name] = InitialStates(
+                PrefixStates(encoder.anchor_keys[None], encoder.anchor_values[None]),
+                PrefixStates(encoder.scale_keys[None], encoder.scale_values[None]),
+            )
+    return states
 
 
 def _check_architecture(model: PreTrainedModel) -> None:
@@ -141,7 +167,7 @@ def _find_position_shifts(model: PreTrainedModel, lengths: dict[str, int]) -> di
     return shifts
 
 
-def _name_targets(model: PreTrainedModel, modules: list[str]) -> list[str]:
+def name_targets(model: PreTrainedModel, modules: list[str]) -> list[str]:
     """Name all attention modules by their last names if those match nothing else, otherwise in full."""
     endings = {name.rpartition(".")[2] for name in modules}
     matched = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in endings}

@@ -1,6 +1,6 @@
 """The layers that PrefixPlus puts in place of a model's own modules."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,10 @@ class PrefixPlusLayerBase(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
+        self._register_state_dict_hook(_shorten_foreign_keys)  # type: ignore[no-untyped-call]
+        self._register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]
+            _lengthen_foreign_keys, with_module=True
+        )
 
     def __getattr__(self, name: str) -> Any:
         """Answer for the wrapped module: decoder layers read attributes such as `is_sliding` from their attention."""
@@ -37,6 +41,22 @@ class PrefixPlusLayerBase(nn.Module, BaseTunerLayer):
             if name == "base_layer":
                 raise
             return getattr(self.base_layer, name)
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """Name layers of other methods inside of the wrapped module as if this layer were not around it.
+
+        PEFT saves an adapter by these names, which then fit the model with and without the prefix.
+        """
+        outside, inside = _join_names(prefix, ""), _join_names(prefix, "base_layer.")
+        foreign: str | None = None
+        for name, module in super().named_modules(memo, prefix, remove_duplicate):
+            if isinstance(module, BaseTunerLayer) and module is not self and not f"{name}.".startswith(f"{foreign}."):
+                foreign = name
+            if foreign is not None and f"{name}.".startswith(f"{foreign}."):
+                name = outside + name.removeprefix(inside)
+            yield name, module
 
     def list_adapters(self) -> list[str]:
         """Names of the adapters that this layer has something for."""
@@ -54,15 +74,52 @@ class PrefixPlusLayerBase(nn.Module, BaseTunerLayer):
         """Give every row of the next forwards an adapter of its own; `None` ends that."""
         self.rows = rows
 
+    def restore_base_layer(self) -> nn.Module:
+        """Return the wrapped module as it was before the first adapter."""
+        return self.base_layer
+
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
     ) -> nn.Module:
-        """Return the wrapped module as it was before the first adapter; PEFT calls this to unload."""
-        return self.base_layer
+        """Refused: other methods of PEFT call this when they unload or merge what they have in the same model."""
+        raise ValueError(
+            "The model has a prefix beside the adapter that is unloaded or merged, and would lose it. Unload the "
+            "prefix first, with `unload()` of the model that `get_peft_model` returned for it; or merge without "
+            "unloading, with `merge_adapter()`."
+        )
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Leave the prefix as it is while adapters of other methods in the same model are merged."""
+
+    def unmerge(self) -> None:
+        """The same for unmerging."""
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, None]:
         """Adapters follow their module's device; they keep their own dtype."""
         return next(base_layer.parameters()).device, None
+
+
+def _join_names(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
+
+
+def _list_foreign_layers(layer: nn.Module) -> list[str]:
+    """Names of the layers of other methods inside of a layer, as if it did not wrap them."""
+    return [f"{name}." for name, module in layer.named_modules() if name and isinstance(module, BaseTunerLayer)]
+
+
+def _shorten_foreign_keys(layer: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Name what belongs to other methods in a state dict as [`PrefixPlusLayerBase.named_modules`] does."""
+    for name in _list_foreign_layers(layer):
+        for key in [key for key in state_dict if key.startswith(f"{prefix}base_layer.{name}")]:
+            state_dict[prefix + key.removeprefix(f"{prefix}base_layer.")] = state_dict.pop(key)
+
+
+def _lengthen_foreign_keys(layer: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    """The inverse of [`_shorten_foreign_keys`]."""
+    for name in _list_foreign_layers(layer):
+        for key in [key for key in state_dict if key.startswith(prefix + name)]:
+            state_dict[f"{prefix}base_layer.{key.removeprefix(prefix)}"] = state_dict.pop(key)
 
 
 class PrefixPlusLayer(PrefixPlusLayerBase):
@@ -125,9 +182,7 @@ class PrefixPlusLayer(PrefixPlusLayerBase):
         super().mix_rows(rows)
         self._update_route()
 
-    def unload_and_optionally_merge_module(
-        self, merge: bool, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
-    ) -> nn.Module:
+    def restore_base_layer(self) -> nn.Module:
         if self._original_config is not None:
             self.base_layer.config = self._original_config
         return self.base_layer

@@ -9,18 +9,27 @@ from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from peft.utils import _get_submodules
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from .checkpoints import discard_uninitialized_adapter, find_checkpoint_problem
+from .checkpoints import (
+    check_saved_weights,
+    describe_misfit,
+    discard_uninitialized_adapter,
+    find_checkpoint_problem,
+    match_dtypes,
+)
+from .combination import add_weighted_adapter
 from .config import PrefixPlusConfig
 from .dropout import PrefixDropout
 from .encoders import build_encoder
 from .injection import InjectionPlan, plan_injection
 from .layer import PrefixPlusLayer, PrefixPlusLayerBase
 from .mixing import RowAdapters, check_adapter_names, name_rows_of_other_modules
-from .positions import ShiftedPositionEmbedding, align_positions, find_shifted_stacks, stop_aligning_positions
+from .positions import ShiftedPositionEmbedding, align_positions, find_shifted_stacks
+from .removal import unwrap_layers
 
 
 class PrefixPlusModel(BaseTuner):
@@ -49,6 +58,10 @@ class PrefixPlusModel(BaseTuner):
     # Only while an adapter is being injected.
     _plan: InjectionPlan | None = None
 
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        check_name_is_free(model, adapter_name)
+        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Give a model an adapter; see `BaseTuner.inject_adapter`.
 
@@ -56,6 +69,7 @@ class PrefixPlusModel(BaseTuner):
         """
         config = self.peft_config[adapter_name]
         plan = plan_injection(config, model)
+        check_saved_weights(config, adapter_name, plan, model)
         config.remember_resolved(plan.config)
         self._plan = plan
         super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -143,10 +157,37 @@ class PrefixPlusModel(BaseTuner):
             self.peft_config[name] = copy.copy(self.peft_config[name])
             self.peft_config[name].projection = "none"
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter, and the layers that are left without one.
+
+        If it was active, the other active adapters stay so; without one, the first of the others becomes active.
+
+        Args:
+            adapter_name (`str`): its name.
+
+        Raises:
+            ValueError: if there is no adapter of that name.
+        """
+        was_active = adapter_name in self.active_adapters
+        remaining = [name for name in self.active_adapters if name != adapter_name]
+        super().delete_adapter(adapter_name)
+        unwrap_layers(self.model, only_empty=True)
+        # Layers choose by themselves, and not all have the same adapters.
+        if was_active and self.peft_config:
+            self.set_adapter(remaining or next(iter(self.peft_config)))
+
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
-        model: nn.Module = super()._unload_and_optionally_merge(merge, *args, **kwargs)
-        stop_aligning_positions(model)
-        return model
+        if merge:
+            self._check_merge_allowed()
+        unwrap_layers(self.model)
+        for name, module in list(self.model.named_modules()):
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                parent, _, child_name = _get_submodules(self.model, name)
+                setattr(parent, child_name, module.unload_and_optionally_merge_module(False, False, None))
+        if "peft_config" in vars(self.model):
+            del self.model.peft_config
+        bare: nn.Module = self.model
+        return bare
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(
@@ -198,8 +239,46 @@ class PrefixPlusModel(BaseTuner):
         problem = find_checkpoint_problem(model, adapter_name, remapped)
         if problem is not None:
             discard_uninitialized_adapter(model, adapter_name)
+            raise ValueError(describe_misfit(config, adapter_name, problem))
+        return match_dtypes(model, adapter_name, remapped)
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float] | None,
+        adapter_name: str,
+        combination_type: str = "linear",
+    ) -> None:
+        """Add an adapter that combines some of the model's adapters; it can be trained and saved like any other.
+
+        `"linear"` adds up what training has changed in adapters with the same start: `anchor + scale * (w_1 delta_1 +
+        w_2 delta_2 + ...)`. Adapters with different starts can only be averaged, `w_1 [K_1 ; V_1] + ...`, with weights
+        that sum to 1. `"cat"` puts the prefixes one behind the other, which gives the outputs of several active
+        adapters. The new adapter has `projection="none"`. As after `add_adapter`, it is not active yet.
+
+        Args:
+            adapters (`Sequence[str]`): the adapters to combine, in this order.
+            weights (`Sequence[float]`, *optional*): one for each; negative ones lead away. `None` for `"cat"`.
+            adapter_name (`str`): of the new adapter.
+            combination_type (`str`): `"linear"` or `"cat"`.
+
+        Raises:
+            ValueError: if the adapters cannot be combined in this way; the model is left as it is.
+        """
+        add_weighted_adapter(self, adapters, weights, adapter_name, combination_type)
+
+
+def check_name_is_free(model: nn.Module, adapter_name: str) -> None:
+    """Refuse a name that an adapter of another method has in the model: PEFT saves and loads adapters by their names.
+
+    Raises:
+        ValueError: if there is one.
+    """
+    for module in model.modules():
+        if not isinstance(module, BaseTunerLayer) or isinstance(module, PrefixPlusLayerBase):
+            continue
+        if adapter_name in module._all_available_adapter_names():
             raise ValueError(
-                f"The weights do not fit adapter {adapter_name!r} of this model: {problem} Load the adapter onto the "
-                f"base model that it was trained on ({config.base_model_name_or_path or 'its name was not saved'})."
+                f"The model has another adapter of the name {adapter_name!r}, in a {type(module).__name__} layer. "
+                "Give the prefix a name of its own: `get_peft_model(model, config, adapter_name='prefix')`."
             )
-        return remapped

@@ -1,7 +1,7 @@
 """Where the input stands relative to the prefix."""
 
 import inspect
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +64,7 @@ class ShiftedPositionEmbedding(PrefixPlusLayerBase):
         return output
 
     def _look_up(self, shift: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not shift:
+        if isinstance(shift, int) and not shift:
             return self.base_layer(*args, **kwargs)
         bound = inspect.signature(self.base_layer.forward).bind(*args, **kwargs)
         bound.apply_defaults()
@@ -184,3 +184,29 @@ def find_shifted_stacks(model: nn.Module) -> list[nn.Module]:
     """Find the models inside of a model whose tables of positions are shifted."""
     tables = [name for name, module in model.named_modules() if isinstance(module, ShiftedPositionEmbedding)]
     return [model.get_submodule(owner) for owner in dict.fromkeys(find_owner(model, name) for name in tables)]
+
+
+class PositionShifts(NamedTuple):
+    """How far every adapter moves the input in one place.
+
+    Attributes:
+        table (`str`, *optional*): name of a table of positions; `None` for what numbers the input of a whole model.
+        module (`nn.Module`): the table, or the model.
+        numbers (`dict[str, int]`): by adapter; 0-dim tensors in a model that is prepared for hot-swapping.
+    """
+
+    table: str | None
+    module: nn.Module
+    numbers: dict[str, Any]
+
+
+def list_shifts(model: nn.Module) -> list[PositionShifts]:
+    """Find all places in a model where the input is moved behind the prefix."""
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, ShiftedPositionEmbedding):
+            found.append(PositionShifts(name, module, module.prefix_plus_shift))
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, PositionAligner) and hook.moves_input:
+                found.append(PositionShifts(None, module, hook.shift))
+    return found

@@ -1,6 +1,6 @@
-"""What people do with PEFT adapters, written once for every method: run by the tests, and for the table of the docs."""
+"""What people do with adapters of PEFT, written once for every method, for the tests and for docs/comparison.md."""
 
-from . import adapters, hub, placement, trainers, transformers_native, trl_trainers
+from . import adapters, generation, hub, placement, saving, trainers, training_loop, transformers_native, trl_trainers
 from .behaviour import BEHAVIOURS, Behaviour
 from .methods import METHODS, Method
 
@@ -10,9 +10,12 @@ __all__ = [
     "Behaviour",
     "Method",
     "adapters",
+    "generation",
     "hub",
     "placement",
+    "saving",
     "trainers",
+    "training_loop",
     "transformers_native",
     "trl_trainers",
 ]

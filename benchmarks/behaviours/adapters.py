@@ -6,7 +6,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from peft import PeftModel, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.helpers import rescale_adapter_scale
@@ -21,6 +20,7 @@ from .subjects import (
     assert_same_tokens,
     build_adapted,
     build_causal_lm,
+    check_message,
     compute_logits,
     continue_greedily,
     draw_tokens,
@@ -215,7 +215,7 @@ def merge_or_say_what_to_do(method: Method, directory: Path) -> None:
         try:
             merged = getattr(model, merge)()
         except ValueError as error:
-            assert "unload()" in str(error) and "fold_prefix()" in str(error)
+            check_message(error, "unload()")
             merged = None
         assert_close(compute_logits(merged or model), expected)
 
@@ -229,7 +229,7 @@ def rescale_or_say_why_not(method: Method, directory: Path) -> None:
         with rescale_adapter_scale(model, multiplier=0.0):
             assert_close(compute_logits(model), base)
     except ValueError as error:
-        assert "scaling" in str(error)
+        check_message(error, "scaling")
     assert torch.equal(compute_logits(model), expected)
 
 
@@ -378,5 +378,9 @@ def _build_mixture(method: Method) -> tuple[PeftModel, list[str], torch.Tensor, 
 def refuse_unknown_names(method: Method, directory: Path) -> None:
     """An unknown name among `adapter_names` is an error that tells it."""
     model = build_adapted(method)
-    with pytest.raises(ValueError, match="unknown"):
+    try:
         model(input_ids=draw_tokens(), adapter_names=["default", "unknown"])
+    except ValueError as error:
+        check_message(error, "unknown")
+    else:
+        raise AssertionError("There is no error.")

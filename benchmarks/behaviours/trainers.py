@@ -85,7 +85,7 @@ def train_with_the_trainer(method: Method, directory: Path) -> None:
 
 
 @behaviour("Trainer")
-def resume_from_a_checkpoint(method: Method, directory: Path) -> None:
+def resume_the_trainer(method: Method, directory: Path) -> None:
     """Resume from a checkpoint: equal to the uninterrupted run, bit for bit."""
     whole = _train(method, directory, save_strategy="steps", save_steps=2)
     resumed = _build_trainer(method.apply(build_causal_lm()), directory)
@@ -117,19 +117,19 @@ def _check_gradient_checkpointing(method: Method, directory: Path, use_reentrant
 
 
 @behaviour("Trainer")
-def train_with_gradient_checkpointing(method: Method, directory: Path) -> None:
+def checkpoint_gradients_in_the_trainer(method: Method, directory: Path) -> None:
     """Gradient checkpointing: the same losses as without it."""
     _check_gradient_checkpointing(method, directory, use_reentrant=False)
 
 
 @behaviour("Trainer")
-def train_with_reentrant_gradient_checkpointing(method: Method, directory: Path) -> None:
+def checkpoint_gradients_reentrantly_in_the_trainer(method: Method, directory: Path) -> None:
     """Gradient checkpointing, reentrant: the same losses as without it."""
     _check_gradient_checkpointing(method, directory, use_reentrant=True)
 
 
 @behaviour("Trainer")
-def accumulate_gradients(method: Method, directory: Path) -> None:
+def accumulate_gradients_in_the_trainer(method: Method, directory: Path) -> None:
     """Gradient accumulation: the same losses as with the larger batch."""
     halves = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     _assert_same_losses(_train(method, directory, **halves), _train(method, directory))
@@ -182,7 +182,7 @@ class _GenerateAtEvaluation(TrainerCallback):
 
 
 @behaviour("Trainer")
-def generate_while_training(method: Method, directory: Path) -> None:
+def generate_at_each_evaluation(method: Method, directory: Path) -> None:
     """Generate in a callback at each evaluation; training is not disturbed."""
     callback = _GenerateAtEvaluation()
     settings: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 2, "learning_rate": 0.1, "max_steps": 6}
@@ -226,7 +226,7 @@ def find_the_batch_size(method: Method, directory: Path) -> None:
 
 
 @behaviour("Trainer")
-def train_in_mixed_precision(method: Method, directory: Path) -> None:
+def train_in_mixed_precision_with_the_trainer(method: Method, directory: Path) -> None:
     """`bf16=True`: the losses of float32, roughly; the weights stay float32."""
     trainer, full = _train(method, directory, bf16=True), _train(method, directory)
     assert_close(torch.tensor(_list_losses(trainer)), torch.tensor(_list_losses(full)), tolerance=0.05)
@@ -234,7 +234,7 @@ def train_in_mixed_precision(method: Method, directory: Path) -> None:
 
 
 @behaviour("Trainer")
-def train_on_a_bfloat16_base_model(method: Method, directory: Path) -> None:
+def train_on_a_bfloat16_model_with_the_trainer(method: Method, directory: Path) -> None:
     """A base model in bfloat16: the loss goes down, and small steps are not lost."""
     trainer = _train(method, directory, build_causal_lm().bfloat16(), max_steps=15)
     losses = _list_losses(trainer)
@@ -261,7 +261,7 @@ def load_a_checkpoint_as_an_adapter(method: Method, directory: Path) -> None:
 
 
 @behaviour("Trainer")
-def train_a_classifier(method: Method, directory: Path) -> None:
+def train_a_classifier_with_the_trainer(method: Method, directory: Path) -> None:
     """Sequence classification: the new head is trained, saved and loaded with the adapter."""
     rows = [
         {"input_ids": row, "attention_mask": torch.ones_like(row), "labels": i % 3}
@@ -295,7 +295,7 @@ def limit_the_number_of_checkpoints(method: Method, directory: Path) -> None:
 
 
 @behaviour("Trainer")
-def train_a_compiled_model(method: Method, directory: Path) -> None:
+def compile_in_the_trainer(method: Method, directory: Path) -> None:
     """`torch_compile=True`: the same losses as without it."""
     # This backend traces forward and backward and generates no code, which would take half a minute.
     compiled = {"torch_compile": True, "torch_compile_backend": "aot_eager", "max_steps": 2}

@@ -140,7 +140,7 @@ def pack_sequences_in_sft(method: Method, directory: Path) -> None:
     """`SFTTrainer` with `packing`: the losses of the same texts in rows of their own."""
     rows = _TEXTS[:2] * 2
     # The texts of a batch fill one packed row.
-    packed = {"packing": True, "max_length": 80, "per_device_train_batch_size": 1}
+    packed = {"packing": True, "max_length": 128, "per_device_train_batch_size": 1}
     assert_close(
         torch.tensor(_train(_build_sft(rows, method, directory, **packed))),
         torch.tensor(_train(_build_sft(rows, method, directory))),

@@ -12,7 +12,9 @@ def count_token_embeddings(model: PreTrainedModel) -> int:
     if isinstance(embeddings, nn.ModuleList):
         embeddings = embeddings[0]
     weight = getattr(embeddings, "weight", None)
-    return int(model.config.get_text_config().vocab_size if weight is None else weight.shape[0])
+    # DeepSpeed's partitioned weights are empty, and know the shape that they have when they are gathered.
+    shape = getattr(weight, "ds_shape", None) or getattr(weight, "shape", None)
+    return int(shape[0] if shape else model.config.get_text_config().vocab_size)
 
 
 def find_token_embeddings(model: PreTrainedModel) -> nn.Module | None:

@@ -13,11 +13,11 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from ..base_models import load_base_model, locate_tokenizer
 from ..config import PrefixPlusConfig
 from ..examples import Example, load_examples, tokenize_examples
+from ..interruption import find_checkpoint_damage, find_last_complete_checkpoint
 from .arguments import DataArguments, ModelArguments, PrefixArguments, build_config, parse_arguments
 
 # What suits a prefix; the rest are the defaults of `TrainingArguments`.
@@ -137,11 +137,18 @@ def _with_tokenizer(config: PrefixPlusConfig, model_name: str) -> PrefixPlusConf
 
 
 def _resolve_checkpoint(arguments: TrainingArguments) -> str | None:
-    """`--resume_from_checkpoint last` stands for the newest checkpoint in the output directory."""
+    """`--resume_from_checkpoint last` stands for the newest complete checkpoint in the output directory."""
     checkpoint: str | None = arguments.resume_from_checkpoint
     if checkpoint not in ("last", "true", "True"):
+        problem = None if checkpoint is None else find_checkpoint_damage(checkpoint)
+        if problem is not None:
+            raise ValueError(
+                f"Training cannot go on from {checkpoint}: {problem} Use --resume_from_checkpoint last for the newest "
+                "complete checkpoint of --output_dir."
+            )
         return checkpoint
-    last: str | None = get_last_checkpoint(arguments.output_dir)
+    assert arguments.output_dir is not None
+    last = find_last_complete_checkpoint(arguments.output_dir)
     if last is None:
-        raise ValueError(f"There is no checkpoint in {arguments.output_dir} to resume from.")
+        raise ValueError(f"There is no checkpoint in {arguments.output_dir} that is complete; start a new run.")
     return last

@@ -1,0 +1,435 @@
+"""Hot-swapping: after a swap the model is the one that the new adapter was loaded into, compiled or not."""
+
+import copy
+import json
+import shutil
+
+import pytest
+import torch
+from helpers import (
+    Snapshot,
+    add_foreign,
+    add_prefix,
+    add_second,
+    draw_tokens,
+    lose_one,
+    named_prefix_parameters,
+    pad_rows,
+    perturb,
+    put_nan,
+    rewrite_weights,
+    run,
+    save,
+)
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from tiny_models import build_model
+from torch.testing import assert_close
+from zoo_models import build_zoo_model
+
+from peft_prefix_plus import PrefixPlusLayer, hotswap_adapter, prepare_model_for_compiled_hotswap
+from peft_prefix_plus.encoders import PrefixSlot
+
+# Name of a directory, and what its adapter has that the others have not.
+ADAPTERS = {
+    "mlp": {},
+    "short": {"prefix_init_token_ids": [3, 9, 4], "projection": "none"},
+    "long": {"prefix_init_token_ids": [3, 9, 4, 8, 8, 17, 6, 5], "projection": "linear", "num_frozen_tokens": 2},
+    "random": {"prefix_init": "random", "num_virtual_tokens": 6, "prefix_dropout": 0.5},
+    "uneven": {"prefix_init_token_ids": [5, 6, 7], "num_virtual_tokens_pattern": {r"1\.(self_attn|attn)": 7}},
+}
+both_kinds = pytest.mark.parametrize("name", ["llama", "gpt2"])
+implementations = pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+either_way = pytest.mark.parametrize("length", [None, 9], ids=["loaded", "prepared"])
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2"])
+def name(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def saved(name, tmp_path_factory):
+    """Directories of trained adapters for one architecture."""
+    directories = {}
+    for seed, (adapter, settings) in enumerate(ADAPTERS.items()):
+        directories[adapter] = tmp_path_factory.mktemp(f"{name}-{adapter}")
+        model = add_prefix(build_model(name), projection_dim=8, **settings)
+        perturb(model, seed=seed)
+        model.save_pretrained(directories[adapter])
+    return directories
+
+
+def load(name, directory, implementation="sdpa", length=None, **kwargs) -> PeftModel:
+    model = PeftModel.from_pretrained(build_model(name, implementation), directory, **kwargs)
+    if length is not None:
+        prepare_model_for_compiled_hotswap(model, num_virtual_tokens=length)
+    return model
+
+
+def generate(model) -> torch.Tensor:
+    rows, mask = pad_rows(draw_tokens(), [7, 4], "left")
+    return model.generate(input_ids=rows, attention_mask=mask, max_new_tokens=8, do_sample=False)
+
+
+def list_slots(model) -> list[PrefixSlot]:
+    return [module for module in model.modules() if isinstance(module, PrefixSlot)]
+
+
+@implementations
+@either_way
+def test_a_swap_equals_loading(name, saved, implementation, length):
+    model = load(name, saved["mlp"], implementation, length)
+    for adapter in [*ADAPTERS, "mlp"]:
+        hotswap_adapter(model, str(saved[adapter]), "default")
+        fresh = load(name, saved[adapter], implementation)
+        if length is None:
+            assert torch.equal(run(model), run(fresh))
+        else:
+            assert_close(run(model), run(fresh), atol=2e-5, rtol=1e-4)
+        assert torch.equal(generate(model), generate(fresh))
+        assert model.peft_config["default"].num_virtual_tokens == fresh.peft_config["default"].num_virtual_tokens
+
+
+@either_way
+def test_swapping_back_gives_the_same_bits(name, saved, length):
+    model = load(name, saved["mlp"], length=length)
+    before = run(model)
+    for adapter in ("long", "short", "mlp"):
+        hotswap_adapter(model, str(saved[adapter]), "default")
+        assert torch.equal(run(model), before) == (adapter == "mlp")
+
+
+def test_preparing_changes_no_output(name, saved):
+    model = load(name, saved["uneven"])
+    before = run(model)
+    prepare_model_for_compiled_hotswap(model)
+    assert [slot.num_virtual_tokens for slot in list_slots(model)] == [3, 7]
+    assert_close(run(model), before, atol=1e-5, rtol=1e-4)
+    prepare_model_for_compiled_hotswap(model, num_virtual_tokens=12)
+    assert [slot.num_virtual_tokens for slot in list_slots(model)] == [12, 12]
+    assert_close(run(model), before, atol=1e-5, rtol=1e-4)
+
+
+def test_a_slot_keeps_its_tensors(name, saved):
+    model = load(name, saved["mlp"], length=9)
+    pointers = [tensor.data_ptr() for slot in list_slots(model) for tensor in slot.buffers()]
+    hotswap_adapter(model, str(saved["short"]), "default")
+    assert [tensor.data_ptr() for slot in list_slots(model) for tensor in slot.buffers()] == pointers
+
+
+def test_adapters_of_one_recipe_are_swapped_in_place(name, saved, tmp_path):
+    other = add_prefix(build_model(name), projection_dim=8, prefix_init_token_ids=[1, 2, 3, 4, 5])
+    perturb(other, seed=9)
+    other.save_pretrained(tmp_path)
+    model = load(name, saved["mlp"])
+    pointers = {key: parameter.data_ptr() for key, parameter in named_prefix_parameters(model).items()}
+    hotswap_adapter(model, str(tmp_path), "default")
+    assert {key: parameter.data_ptr() for key, parameter in named_prefix_parameters(model).items()} == pointers
+    assert torch.equal(run(model), run(load(name, tmp_path)))
+
+
+def compile_and_run(model) -> torch.nn.Module:
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        compiled(draw_tokens())
+    return compiled
+
+
+@torch.no_grad()
+def test_a_prepared_model_is_compiled_once(name, saved):
+    compiled = compile_and_run(load(name, saved["mlp"], length=9))
+    for adapter in [*ADAPTERS, "mlp"]:
+        hotswap_adapter(compiled, str(saved[adapter]), "default")
+        with torch.compiler.set_stance("fail_on_recompile"):
+            logits = compiled(draw_tokens()).logits
+        assert_close(logits, run(load(name, saved[adapter])), atol=2e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_model_that_was_not_prepared_is_compiled_again(name, saved):
+    compiled = compile_and_run(load(name, saved["mlp"]))
+    hotswap_adapter(compiled, str(saved["short"]), "default")
+    with torch.compiler.set_stance("fail_on_recompile"), pytest.raises(RuntimeError, match="recompil"):
+        compiled(draw_tokens())
+    assert_close(compiled(draw_tokens()).logits, run(load(name, saved["short"])), atol=2e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_generation_with_a_compiled_forward_is_compiled_once(name, saved):
+    model = load(name, saved["mlp"], length=9)
+    torch.compiler.reset()
+    model.get_base_model().compile(backend="eager", dynamic=True)
+    generate(model)
+    for adapter in ("long", "short"):
+        hotswap_adapter(model, str(saved[adapter]), "default")
+        with torch.compiler.set_stance("fail_on_recompile"):
+            tokens = generate(model)
+        assert torch.equal(tokens, generate(load(name, saved[adapter])))
+
+
+@either_way
+@pytest.mark.parametrize("adapter", ["short", "uneven", "long"])
+def test_what_is_saved_after_a_swap_is_the_new_adapter(name, saved, adapter, length, tmp_path):
+    model = load(name, saved["mlp"], length=length)
+    hotswap_adapter(model, str(saved[adapter]), "default")
+    model.save_pretrained(tmp_path)
+    assert torch.equal(run(load(name, tmp_path)), run(load(name, saved[adapter])))
+    config, written = (json.loads((d / "adapter_config.json").read_text()) for d in (saved[adapter], tmp_path))
+    assert written == config | ({} if length is None else {"projection": "none"})
+    if length is not None:
+        lengths = {
+            tensor.shape[1]
+            for key, tensor in load_file(tmp_path / "adapter_model.safetensors").items()
+            if "anchor" in key
+        }
+        assert lengths == {
+            model.peft_config["default"].num_virtual_tokens,
+            *config["num_virtual_tokens_pattern"].values(),
+        }
+
+
+def test_what_is_saved_from_a_slot_can_be_loaded_into_one(name, saved):
+    model, other = load(name, saved["long"], length=9), load(name, saved["short"], length=9)
+    other.load_state_dict(model.state_dict())
+    expected = run(model)
+    # The shift of positions is no part of the state.
+    hotswap_adapter(model, str(saved["long"]), "default")
+    assert all(
+        torch.equal(own, given)
+        for slot, source in zip(list_slots(other), list_slots(model), strict=True)
+        for own, given in zip(slot.buffers(), source.buffers(), strict=True)
+    )
+    assert torch.equal(run(model), expected)
+    with pytest.raises(RuntimeError, match="room for 3 virtual tokens, not for 8"):
+        load(name, saved["short"], length=3).load_state_dict(model.state_dict())
+
+
+def test_folding_disabling_and_unloading_work_with_slots(name, saved):
+    model = load(name, saved["mlp"], length=9)
+    hotswap_adapter(model, str(saved["short"]), "default")
+    expected = run(model)
+    model.fold_prefix()
+    assert torch.equal(run(model), expected) and list_slots(model)
+    with model.disable_adapter():
+        assert torch.equal(run(model), run(build_model(name)))
+    twin = copy.deepcopy(model)
+    hotswap_adapter(model, str(saved["long"]), "default")
+    assert torch.equal(run(twin), expected) and not torch.equal(run(model), expected)
+    assert torch.equal(model.unload()(draw_tokens()).logits, build_model(name)(draw_tokens()).logits)
+
+
+def test_a_slot_is_not_trained_and_has_no_dropout(name, saved):
+    model = load(name, saved["random"], length=9, is_trainable=True)
+    hotswap_adapter(model, str(saved["random"]), "default")
+    assert not named_prefix_parameters(model)
+    layer = next(module for module in model.modules() if isinstance(module, PrefixPlusLayer)).train()
+    states = layer.get_prefix_states(["default"], 4)
+    assert states.mask.tolist() == [[False] * 3 + [True] * 6]
+    assert model.peft_config["default"].prefix_dropout == 0.5
+
+
+def test_what_is_trained_stays_trained(name, saved):
+    model = load(name, saved["mlp"], is_trainable=True)
+    hotswap_adapter(model, str(saved["random"]), "default")
+    assert all(parameter.requires_grad for parameter in named_prefix_parameters(model).values())
+    assert not model.peft_config["default"].inference_mode
+    frozen = load(name, saved["mlp"])
+    hotswap_adapter(frozen, str(saved["short"]), "default")
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
+    model.train()
+    draws = [
+        layer.get_prefix_states(["default"], 4).mask
+        for layer in model.modules()
+        if hasattr(layer, "prefix_plus_dropout")
+    ]
+    assert all(mask is not None for mask in draws)
+
+
+@either_way
+def test_only_the_named_adapter_is_swapped(name, saved, length, tmp_path):
+    model = load(name, saved["mlp"])
+    add_second(model, "other")
+    perturb(model, seed=7)
+    if length is not None:
+        prepare_model_for_compiled_hotswap(model, num_virtual_tokens=length)
+    before = {adapter: run(model, adapter) for adapter in ("default", "other")}
+    hotswap_adapter(model, str(saved["long"]), "other")
+    assert torch.equal(run(model, "default"), before["default"])
+    assert not torch.equal(run(model, "other"), before["other"])
+    fresh = load(name, saved["long"])
+    assert_close(run(model, "other"), run(fresh), atol=2e-5, rtol=1e-4)
+    hotswap_adapter(model, str(saved["mlp"]), "default")
+    fresh.load_adapter(saved["mlp"], "second")
+    assert_close(run(model, ["default", "other"]), run(fresh, ["second", "default"]), atol=2e-5, rtol=1e-4)
+
+
+@either_way
+def test_an_inactive_and_a_disabled_adapter_can_be_swapped(name, saved, length):
+    model = load(name, saved["random"], length=length)
+    model.load_adapter(saved["random"], "other")
+    base = build_model(name)(draw_tokens()).logits
+    hotswap_adapter(model, str(saved["mlp"]), "other")
+    assert_close(run(model), run(load(name, saved["random"])), atol=2e-5, rtol=1e-4)
+    with model.disable_adapter():
+        hotswap_adapter(model, str(saved["mlp"]), "default")
+        assert torch.equal(run(model), base)
+    assert_close(run(model, "default"), run(load(name, saved["mlp"])), atol=2e-5, rtol=1e-4)
+    assert_close(run(model, "other"), run(load(name, saved["mlp"])), atol=2e-5, rtol=1e-4)
+
+
+@either_way
+def test_adapters_that_transformers_has_loaded_are_swapped(name, saved, length):
+    model = build_model(name)
+    model.load_adapter(str(saved["mlp"]))
+    if length is not None:
+        prepare_model_for_compiled_hotswap(model, num_virtual_tokens=length)
+    hotswap_adapter(model, str(saved["long"]), "default")
+    with torch.no_grad():
+        logits = model(draw_tokens()).logits
+    assert_close(logits, run(load(name, saved["long"])), atol=2e-5, rtol=1e-4)
+
+
+@either_way
+def test_other_saved_modules_are_swapped(length, tmp_path):
+    for seed, directory in enumerate(("first", "second")):
+        model = add_prefix(build_model("llama"), modules_to_save=["norm"], projection_dim=8)
+        perturb(model, seed=seed)
+        with torch.no_grad():
+            model.get_base_model().model.norm.modules_to_save["default"].weight *= seed + 2
+        model.save_pretrained(tmp_path / directory)
+    model = load("llama", tmp_path / "first", length=length)
+    hotswap_adapter(model, str(tmp_path / "second"), "default")
+    assert_close(run(model), run(load("llama", tmp_path / "second")), atol=2e-5, rtol=1e-4)
+    with model.disable_adapter():
+        assert torch.equal(run(model), build_model("llama")(draw_tokens()).logits)
+
+
+@pytest.mark.parametrize("model_type", ["bloom", "ctrl", "ministral3", "mpt", "gptj", "bart"])
+@either_way
+@torch.no_grad()
+def test_every_way_to_know_positions_survives_a_swap(model_type, length, tmp_path):
+    """Linear biases, absolute positions without a table, and several tables: the visible tokens keep their places."""
+
+    def build():
+        return build_zoo_model("causal", model_type)
+
+    for seed, size in enumerate((5, 3)):
+        model = add_prefix(build(), prefix_init_token_ids=list(range(4, 4 + size)), projection_dim=8)
+        perturb(model, seed=seed)
+        model.save_pretrained(tmp_path / str(size))
+    model = PeftModel.from_pretrained(build(), tmp_path / "5")
+    if length is not None:
+        prepare_model_for_compiled_hotswap(model, num_virtual_tokens=length)
+    hotswap_adapter(model, str(tmp_path / "3"), "default")
+    ids, mask = pad_rows(draw_tokens() % 60 + 3, [7, 4], "left")
+    fresh = PeftModel.from_pretrained(build(), tmp_path / "3")
+    given, expected = (m(input_ids=ids, attention_mask=mask).logits[mask.bool()] for m in (model, fresh))
+    assert_close(given, expected, atol=5e-5, rtol=1e-4)
+
+
+def change_config(directory, **fields) -> None:
+    path = directory / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def copy_saved(saved, adapter, tmp_path):
+    return shutil.copytree(saved[adapter], tmp_path / "changed")
+
+
+def refuse(model, directory, match, adapter="default", error=ValueError) -> None:
+    """A swap must fail, and leave everything as it was."""
+    snapshot, configs = Snapshot(model), {name: config.to_dict() for name, config in model.peft_config.items()}
+    with pytest.raises(error, match=match):
+        hotswap_adapter(model, str(directory), adapter)
+    snapshot.assert_unchanged(model)
+    assert {name: config.to_dict() for name, config in model.peft_config.items()} == configs
+
+
+@either_way
+@pytest.mark.parametrize("change", [lose_one, add_foreign, put_nan])
+def test_weights_that_do_not_fit_are_refused(name, saved, change, length, tmp_path):
+    directory = copy_saved(saved, "short", tmp_path)
+    rewrite_weights(directory, change)
+    refuse(load(name, saved["mlp"], length=length), directory, "")
+
+
+@either_way
+def test_other_modules_are_refused(saved, name, length, tmp_path):
+    model = add_prefix(build_model(name), layers_to_transform=[1])
+    model.save_pretrained(tmp_path / "fewer")
+    loaded = load(name, saved["mlp"], length=length)
+    refuse(loaded, tmp_path / "fewer", r"other attention modules.* 0 more, 1 fewer, for instance '\S*\.0\.")
+    refuse(load(name, tmp_path / "fewer"), saved["mlp"], "other attention modules.* 1 more, 0 fewer")
+
+
+@either_way
+def test_another_base_model_is_refused(length, tmp_path):
+    save(tmp_path / "one")
+    add_prefix(build_model("llama", num_key_value_heads=4)).save_pretrained(tmp_path / "other")
+    refuse(load("llama", tmp_path / "one", length=length), tmp_path / "other", "")
+
+
+@either_way
+def test_other_saved_modules_of_another_kind_are_refused(length, tmp_path):
+    save(tmp_path / "plain")
+    save(tmp_path / "norm", modules_to_save=["norm"])
+    refuse(load("llama", tmp_path / "plain", length=length), tmp_path / "norm", "norm.*same `modules_to_save`")
+    refuse(load("llama", tmp_path / "norm", length=length), tmp_path / "plain", "norm.*same `modules_to_save`")
+
+
+def test_an_adapter_that_is_longer_than_the_slot_is_refused(name, saved):
+    refuse(load(name, saved["mlp"], length=7), saved["long"], "8 virtual tokens .*prepared for 7.*at least 8")
+
+
+@either_way
+def test_an_adapter_of_another_method_is_refused(saved, name, length, tmp_path):
+    targets = ["q_proj"] if name == "llama" else ["c_attn"]
+    lora = get_peft_model(build_model(name), LoraConfig(target_modules=targets))
+    lora.save_pretrained(tmp_path)
+    refuse(load(name, saved["mlp"], length=length), tmp_path, "LORA.*peft.utils.hotswap")
+    refuse(lora, saved["mlp"], "LORA.*peft.utils.hotswap")
+
+
+def test_missing_files_and_names_are_refused(name, saved, tmp_path):
+    model = load(name, saved["mlp"])
+    refuse(model, tmp_path / "nowhere", "nowhere")
+    directory = copy_saved(saved, "short", tmp_path)
+    (directory / "adapter_model.safetensors").unlink()
+    refuse(model, directory, "adapter_model.safetensors")
+    refuse(model, saved["short"], "no adapter 'other'; the model has default", adapter="other")
+    with pytest.raises(ValueError, match="has no adapters"):
+        hotswap_adapter(build_model(name), str(saved["mlp"]), "default")
+
+
+def test_a_damaged_file_is_refused(name, saved, tmp_path):
+    directory = copy_saved(saved, "short", tmp_path)
+    path = directory / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-5])
+    refuse(load(name, saved["mlp"]), directory, "complete safetensors file")
+
+
+def test_a_subfolder_is_read(name, saved, tmp_path):
+    shutil.copytree(saved["short"], tmp_path / "repository" / "inside")
+    model = load(name, saved["mlp"])
+    hotswap_adapter(model, str(tmp_path / "repository"), "default", torch_device="cpu", subfolder="inside")
+    assert torch.equal(run(model), run(load(name, saved["short"])))
+
+
+def test_preparing_refuses_what_cannot_be_prepared(name, saved):
+    model = load(name, saved["long"])
+    with pytest.raises(ValueError, match="`num_virtual_tokens` is 7, but an adapter of the model has 8"):
+        prepare_model_for_compiled_hotswap(model, num_virtual_tokens=7)
+    with pytest.raises(ValueError, match="no PrefixPlus adapter"):
+        prepare_model_for_compiled_hotswap(build_model(name))
+    with pytest.raises(ValueError, match="'error', 'warn' or 'ignore', got 'shout'"):
+        prepare_model_for_compiled_hotswap(model, check_compiled="shout")
+    for compiled in (torch.compile(model), load(name, saved["long"])):
+        if compiled is not model and not hasattr(compiled, "_orig_mod"):
+            compiled.get_base_model().compile()
+        with pytest.raises(ValueError, match="compiled already"):
+            prepare_model_for_compiled_hotswap(compiled)
+        with pytest.warns(UserWarning, match="compiled already"):
+            prepare_model_for_compiled_hotswap(compiled, check_compiled="warn")
+        prepare_model_for_compiled_hotswap(compiled, check_compiled="ignore", num_virtual_tokens=9)
