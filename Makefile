@@ -9,7 +9,7 @@ EXPERIMENT ?= benchmarks/experiments/e2e.json
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-oldest matrix modes style quality docs bench-quality check-data
+.PHONY: help demo test test-oldest matrix modes behaviours style quality docs bench-quality check-data
 
 help:
 	@echo "make demo           train, evaluate and report on a small data set (MODEL=$(MODEL) OUTPUT=$(OUTPUT))"
@@ -17,6 +17,7 @@ help:
 	@echo "make test-oldest    run them with the oldest supported versions, in .venv-oldest"
 	@echo "make matrix         check every model type of transformers and write docs/supported_models.md (3 minutes)"
 	@echo "make modes          check every way to use a model on every attention implementation, write docs/modes.md (15 minutes)"
+	@echo "make behaviours     do with four methods what people do with adapters, write docs/comparison.md (10 minutes)"
 	@echo "make style          format the code and fix what ruff can fix"
 	@echo "make quality        check style and types"
 	@echo "make docs           build the documentation into build/docs"
@@ -39,6 +40,10 @@ matrix: $(VENV)/.installed-test
 modes: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/matrix/modes.py --output benchmarks/matrix/modes.json
 	$(BIN)/python benchmarks/matrix/modes_page.py
+
+behaviours: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/behaviours/comparison.py --workers $(WORKERS)
+	$(BIN)/python benchmarks/behaviours/comparison_page.py
 
 style: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .

@@ -9,7 +9,6 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.integrations import is_fsdp_enabled
 
 from .architectures import (
     count_codebooks,
@@ -87,13 +86,9 @@ def _check_weights(model: PreTrainedModel) -> None:
     missing = find_missing_weights(model)
     if not missing:
         return
-    if is_fsdp_enabled():
-        remedy = "Set `fsdp_cpu_ram_efficient_loading: false` (`cpu_ram_efficient_loading` in `fsdp_config`)"
-    else:
-        remedy = "Load the weights first"
     raise CaptureError(
         f"{len(missing)} weights of the base model, such as {missing[0]!r}, are on the meta device, so no keys and "
-        f"values can be computed that a prefix could start from. {remedy}; or load a saved adapter with "
+        "values can be computed that a prefix could start from. Load the weights first; or load a saved adapter with "
         "`PeftModel.from_pretrained(model, adapter_dir, low_cpu_mem_usage=True)`."
     )
 

@@ -18,6 +18,7 @@ from .weights import (
     FLOATING_DTYPES,
     TensorInfo,
     describe_tensors,
+    find_local_weights,
     iterate_tensors,
     locate_weights,
     read_tensor_infos,
@@ -51,6 +52,20 @@ def check_saved_weights(
     if problem is not None:
         raise ValueError(describe_misfit(config, adapter_name, f"In {path}, {problem}"))
     config.source = None
+
+
+def refuse_pickled_weights(config: PrefixPlusConfig) -> None:
+    """Refuse an adapter that transformers could not read itself: its `load_adapter` takes safetensors only.
+
+    Raises:
+        ValueError: if the configuration was read beside another kind of file.
+    """
+    path = None if config.source is None else find_local_weights(config.source.folder)
+    if path is not None and not path.endswith(".safetensors"):
+        raise ValueError(
+            f"{path} is not a safetensors file, and transformers reads no others. Load the adapter with "
+            "`PeftModel.from_pretrained`, and save it again."
+        )
 
 
 def find_modules_to_save(
@@ -135,12 +150,13 @@ def _list_embeddings(model: nn.Module) -> dict[str, TensorInfo]:
     for part in model.modules():
         if isinstance(part, PreTrainedModel):
             tables += [find_token_embeddings(part), part.get_output_embeddings()]
-    tensors = {
-        f"{name}.{key}": tensor
-        for name, module in model.named_modules()
-        if any(module is table for table in tables)
-        for key, tensor in module.state_dict().items()
-    }
+    tensors: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        if any(module is table for table in tables):
+            bare = module.original_module if isinstance(module, ModulesToSaveWrapper) else module
+            # PEFT takes all names with that of the table in them, so those of a wrapper are in the file as well.
+            for place in (name, f"{name}.original_module", f"{name}.modules_to_save"):
+                tensors |= {f"{place}.{key}": tensor for key, tensor in bare.state_dict().items()}
     return _remove_prefix(describe_tensors(tensors))
 
 

@@ -64,6 +64,15 @@ def add_weighted_adapter(
     _copy_other_modules(tuner.model, adapters, adapter_name)
 
 
+def check_adapter_name(adapter_name: str) -> None:
+    """Raise a `ValueError` if torch would refuse a name, which becomes that of a module inside of every layer."""
+    if not adapter_name or "." in adapter_name or hasattr(nn.ModuleDict, adapter_name) or adapter_name == "training":
+        raise ValueError(
+            f"{adapter_name!r} cannot name an adapter: names must not be empty, contain a dot, or be those of "
+            "attributes of a torch module, such as `keys` or `half`."
+        )
+
+
 def _check_arguments(
     tuner: BaseTuner,
     adapters: Sequence[str],
@@ -78,8 +87,7 @@ def _check_arguments(
         )
     if adapter_name in tuner.peft_config:
         raise ValueError(f"There is an adapter {adapter_name!r} already; delete it, or use another name.")
-    if not adapter_name or "." in adapter_name:
-        raise ValueError(f"The name of an adapter cannot be empty or contain a dot, got {adapter_name!r}.")
+    check_adapter_name(adapter_name)
     if isinstance(adapters, str) or not adapters:
         raise ValueError(f"`adapters` must be a list of at least one name, got {adapters!r}.")
     for name in adapters:

@@ -11,13 +11,16 @@ from typing import Any
 from peft import PeftConfig
 
 from .encoders import PROJECTIONS
+from .model_card import save_model_card
 from .patterns import PLACE, check_pattern
 from .peft_type import PREFIX_PLUS
-from .weights import AdapterSource, find_local_weights, read_tensor_infos
+from .weights import AdapterSource, find_local_weights, read_tensor_infos, refuse_pickle
 
 DROPOUT_MODES = ("token", "element")
 PREFIX_INITS = ("vocab", "text", "tokens", "random", "zero")
 DEFAULT_NUM_VIRTUAL_TOKENS = 20
+# Keyword arguments of a tokenizer that hold a token of the Hub, or may hold a password.
+_SECRETS = ("token", "use_auth_token", "proxies")
 # More than any model reads, and little enough that no product of sizes overflows.
 MAX_SIZE = 2**24
 # How PEFT and `match_module_pattern` use what stands in a configuration.
@@ -73,7 +76,7 @@ class PrefixPlusConfig(PeftConfig):
             Tokenizer for `prefix_init_text`. `None` (default): that of the base model.
         tokenizer_kwargs (`dict`, *optional*):
             Passed to `AutoTokenizer.from_pretrained`; `add_special_tokens` (default `False`) goes to its call.
-            `trust_remote_code` is refused.
+            `token`, `use_auth_token` and `proxies` are neither saved nor shown; `trust_remote_code` is refused.
         num_frozen_tokens (`int`):
             Leading virtual tokens that keep their initial value, default 0. One or more keep an attention sink intact.
         prefix_is_initialized (`bool`):
@@ -309,11 +312,29 @@ class PrefixPlusConfig(PeftConfig):
         self.num_virtual_tokens = resolved.num_virtual_tokens
         self._resolved_target_modules = resolved.target_modules
 
+    def __repr__(self) -> str:
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values["tokenizer_kwargs"] = remove_secrets(self.tokenizer_kwargs)
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in values.items())})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, without what gives access to something; see `PeftConfig.to_dict`."""
+        return {**super().to_dict(), "tokenizer_kwargs": remove_secrets(self.tokenizer_kwargs)}
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write `adapter_config.json`; see `PeftConfig.save_pretrained`."""
+        """Write `adapter_config.json` and a model card; see `PeftConfig.save_pretrained`.
+
+        Raises:
+            ValueError: if the weights have just been written as a pickle, which is removed.
+        """
+        # Only `PeftModel.save_pretrained` passes this argument. It has written the weights by now.
+        saved_by_peft = "auto_mapping_dict" in kwargs
+        if saved_by_peft:
+            refuse_pickle(save_directory)
         targets = self._resolved_target_modules if self.target_modules is None else self.target_modules
         saved = dataclasses.replace(self, prefix_is_initialized=True, target_modules=targets)
         super(PrefixPlusConfig, saved).save_pretrained(save_directory, **kwargs)
+        save_model_card(save_directory, saved_by_peft)
 
     def remember_source(self, model_id: str, subfolder: str | None, download_kwargs: dict[str, Any]) -> None:
         """Note where this configuration was read. Its weights are there, so the initialization must not run.
@@ -346,6 +367,13 @@ class PrefixPlusConfig(PeftConfig):
         if "peft_type" not in attributes:
             raise ValueError(f"{path_json_file} does not name a `peft_type`, so it is not the file of an adapter.")
         return attributes
+
+
+def remove_secrets(tokenizer_kwargs: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Keyword arguments of a tokenizer without those that give access to something."""
+    if tokenizer_kwargs is None:
+        return None
+    return {name: value for name, value in tokenizer_kwargs.items() if name not in _SECRETS}
 
 
 def match_module_pattern(pattern: str, module_name: str) -> bool:

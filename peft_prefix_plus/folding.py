@@ -1,4 +1,4 @@
-"""Folds saved adapters: replaces a projection by its result, on disk; and reads what they hold."""
+"""Folds saved adapters: replaces a projection by its result, on disk."""
 
 import dataclasses
 import os
@@ -11,6 +11,7 @@ from torch import Tensor
 from .architectures import AttentionGeometry
 from .config import PrefixPlusConfig
 from .encoders import PrefixEncoder, build_encoder, fold_encoder
+from .model_card import CARD_NAME
 
 _ENCODER = ".prefix_plus_encoder."
 
@@ -39,15 +40,15 @@ def fold_adapter(adapter_dir: str, output_dir: str) -> str:
         raise ValueError(f"{adapter_dir} holds an adapter of type {config.peft_type}; only PrefixPlus can be folded.")
     modules, folded = group_weights(load_file(weights_path))
     for module_name, tensors in modules.items():
-        encoder = fold_encoder(rebuild_encoder(module_name, tensors, config))
+        encoder = fold_encoder(_rebuild_encoder(module_name, tensors, config))
         folded.update({f"{module_name}{_ENCODER}{name}": tensor for name, tensor in encoder.state_dict().items()})
     os.makedirs(output_dir, exist_ok=True)
-    dataclasses.replace(config, projection="none").save_pretrained(output_dir)
     output_path = os.path.join(output_dir, SAFETENSORS_WEIGHTS_NAME)
     save_file({key: tensor.contiguous() for key, tensor in folded.items()}, output_path, metadata={"format": "pt"})
-    readme = os.path.join(adapter_dir, "README.md")
+    readme = os.path.join(adapter_dir, CARD_NAME)
     if os.path.isfile(readme):
         shutil.copy(readme, output_dir)
+    dataclasses.replace(config, projection="none").save_pretrained(output_dir)
     return output_path
 
 
@@ -69,20 +70,8 @@ def group_weights(weights: dict[str, Tensor]) -> tuple[dict[str, dict[str, Tenso
     return modules, others
 
 
-def rebuild_encoder(module_name: str, tensors: dict[str, Tensor], config: PrefixPlusConfig) -> PrefixEncoder:
-    """Build the encoder of one module from its saved tensors, whose shapes tell its geometry.
-
-    Args:
-        module_name (`str`): the attention module, as in the file.
-        tensors (`dict[str, torch.Tensor]`): those of its encoder.
-        config ([`PrefixPlusConfig`]): the adapter's.
-
-    Returns:
-        [`PrefixEncoder`]: on the device of the tensors.
-
-    Raises:
-        ValueError: if tensors and configuration do not fit each other.
-    """
+def _rebuild_encoder(module_name: str, tensors: dict[str, Tensor], config: PrefixPlusConfig) -> PrefixEncoder:
+    """Build the encoder of one module from its saved tensors, whose shapes tell its geometry."""
     expected = config.resolve_num_virtual_tokens(module_name)
     if "anchor_keys" in tensors and tensors["anchor_keys"].shape[1] != expected:
         raise ValueError(

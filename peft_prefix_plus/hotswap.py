@@ -3,29 +3,27 @@
 The functions have the names and the arguments of those in `peft.utils.hotswap`, which are for LoRA.
 """
 
-import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from copy import copy
 from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 import torch
 from peft import PeftMixedModel, PeftModel
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, ModulesToSaveWrapper, _get_submodules
+from peft.utils import ModulesToSaveWrapper, _get_submodules
 from peft.utils.save_and_load import load_peft_weights
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 
 from .architectures import find_position_tables
+from .checkpoints import PEFT_PREFIX, check_saved_weights
 from .config import PrefixPlusConfig
-from .encoders import PrefixEncoder, PrefixSlot
-from .folding import group_weights, rebuild_encoder
+from .encoders import PrefixEncoder, PrefixSlot, build_encoder
+from .folding import group_weights
 from .injection import InjectionPlan, plan_injection
 from .layer import PrefixPlusLayer
 from .positions import ShiftedPositionEmbedding, list_shifts
-
-_PEFT_PREFIX = "base_model.model."
 
 
 class _Swap(NamedTuple):
@@ -187,69 +185,48 @@ def _plan_swap(
             raise ValueError(
                 f"The {kind} is of type {found.peft_type.value}, not PREFIX_PLUS. For LoRA use `peft.utils.hotswap`."
             )
-    weights = _read_weights(path, torch_device, kwargs)
+    config.prefix_is_initialized = True
+    plan = plan_injection(config, base)
     layers = {
         name: module
         for name, module in base.named_modules()
         if isinstance(module, PrefixPlusLayer) and adapter_name in module.list_adapters()
     }
-    config.prefix_is_initialized = True
-    plan = plan_injection(config, base)
-    modules, others = group_weights({key.removeprefix(_PEFT_PREFIX): tensor for key, tensor in weights.items()})
-    _check_modules(path, set(plan.lengths), set(modules), set(layers))
-    encoders = {name: _build_encoder(name, modules[name], config, layer) for name, layer in layers.items()}
+    _check_modules(path, plan.lengths.keys(), layers.keys())
     for name, layer in layers.items():
-        _check_room(name, layer.get_encoder(adapter_name), encoders[name])
+        _check_room(name, layer.get_encoder(adapter_name), plan.lengths[name])
+    check_saved_weights(config, adapter_name, plan, base)
+    weights = load_peft_weights(path, device=torch_device, **kwargs)
+    modules, others = group_weights({key.removeprefix(PEFT_PREFIX): tensor for key, tensor in weights.items()})
+    encoders = {name: _build_encoder(config, plan, name, tensors) for name, tensors in modules.items()}
     return _Swap(config, plan, layers, encoders, _sort_other_weights(base, adapter_name, others))
 
 
-def _read_weights(path: str, torch_device: str, kwargs: dict[str, Any]) -> dict[str, Tensor]:
-    folder = os.path.join(path, kwargs.get("subfolder") or "")
-    names = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
-    if os.path.isdir(folder) and not any(os.path.isfile(os.path.join(folder, name)) for name in names):
-        raise ValueError(f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}. Save or download the adapter once more.")
-    weights: dict[str, Tensor] = load_peft_weights(path, device=torch_device, **kwargs)
-    return weights
-
-
-def _check_modules(path: str, planned: set[str], given: set[str], present: set[str]) -> None:
-    """All three must be the same: what the new configuration targets, what its weights are for, and what there is."""
-    for kind, names in (("configuration", planned), ("weights", given)):
-        if names != present:
-            different = sorted(names ^ present)[0]
-            surplus, lacking = len(names - present), len(present - names)
-            raise ValueError(
-                f"The {kind} of {path} are for other attention modules than the adapter to be replaced: {surplus} "
-                f"more, {lacking} fewer, for instance {different!r}. Load the adapter under a name of its own with "
-                "`load_adapter`."
-            )
+def _check_modules(path: str, targeted: Set[str], present: Set[str]) -> None:
+    if targeted != present:
+        raise ValueError(
+            f"The adapter in {path} is for other attention modules than the one to be replaced: "
+            f"{len(targeted - present)} more, {len(present - targeted)} fewer, for instance "
+            f"{min(targeted ^ present)!r}. Load it under a name of its own with `load_adapter`."
+        )
 
 
 def _build_encoder(
-    name: str, tensors: dict[str, Tensor], config: PrefixPlusConfig, layer: PrefixPlusLayer
+    config: PrefixPlusConfig, plan: InjectionPlan, name: str, tensors: dict[str, Tensor]
 ) -> PrefixEncoder:
-    encoder = rebuild_encoder(name, tensors, config)
-    for tensor_name, tensor in encoder.state_dict().items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise ValueError(f"{tensor_name!r} of {name!r} holds values that are not finite numbers.")
-    present: PrefixEncoder = next(iter(layer.prefix_plus_encoder.values()))  # type: ignore[assignment]
-    expected, given = present.geometry, encoder.geometry
-    for dimension in ("num_key_value_heads", "key_dim", "value_dim"):
-        if vars(given)[dimension] != vars(expected)[dimension]:
-            raise ValueError(
-                f"The new adapter has {dimension}={vars(given)[dimension]} in {name!r}, but the model has "
-                f"{vars(expected)[dimension]}. The adapter was trained on another base model."
-            )
-    encoder.geometry = expected
-    return encoder.to(present.anchor_keys.device)
+    encoder = build_encoder(
+        config.projection, plan.geometries[name], plan.lengths[name], config.num_frozen_tokens, config.projection_dim
+    )
+    encoder.load_state_dict(tensors)
+    return encoder
 
 
-def _check_room(name: str, present: PrefixEncoder, new: PrefixEncoder) -> None:
-    if isinstance(present, PrefixSlot) and new.num_virtual_tokens > present.num_virtual_tokens:
+def _check_room(name: str, present: PrefixEncoder, length: int) -> None:
+    if isinstance(present, PrefixSlot) and length > present.num_virtual_tokens:
         raise ValueError(
-            f"The new adapter has {new.num_virtual_tokens} virtual tokens in {name!r}, but the model was prepared for "
+            f"The new adapter has {length} virtual tokens in {name!r}, but the model was prepared for "
             f"{present.num_virtual_tokens}. Call `prepare_model_for_compiled_hotswap` with `num_virtual_tokens` of at "
-            f"least {new.num_virtual_tokens}, before compiling."
+            f"least {length}, before compiling."
         )
 
 

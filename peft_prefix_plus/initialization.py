@@ -55,7 +55,8 @@ def tokenize_init_text(config: PrefixPlusConfig, model: PreTrainedModel) -> list
     tokenizer_kwargs = dict(config.tokenizer_kwargs or {})
     add_special_tokens = tokenizer_kwargs.pop("add_special_tokens", False)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **tokenizer_kwargs)
+        # Left open, transformers would ask on the terminal.
+        tokenizer = AutoTokenizer.from_pretrained(name, **{**tokenizer_kwargs, "trust_remote_code": False})
     except Exception as error:
         raise ValueError(f"Cannot load the tokenizer {name!r} for `prefix_init_text` ({error}). {remedy}") from error
     token_ids: list[int] = tokenizer(config.prefix_init_text, add_special_tokens=add_special_tokens)["input_ids"]

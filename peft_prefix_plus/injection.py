@@ -5,19 +5,25 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping
 
-from peft.tuners.tuners_utils import check_target_module_exists
+import torch
+from peft import TaskType
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.integrations import is_fsdp_enabled
 
 from .architectures import (
     AttentionGeometry,
     belongs_to_text,
+    creates_empty_parameters,
     explain_missing_attention,
     find_attention_modules,
+    find_missing_weights,
     find_owner,
     find_position_tables,
     is_cross_attention,
+    is_on_disk,
     read_geometry,
     runs_without_gradients,
     takes_argument,
@@ -55,7 +61,7 @@ class InjectionPlan:
     position_shifts: dict[str, int]
 
 
-def plan_injection(config: PrefixPlusConfig, model: PreTrainedModel) -> InjectionPlan:
+def plan_injection(config: PrefixPlusConfig, model: PreTrainedModel, may_lack_weights: bool = False) -> InjectionPlan:
     """Resolve a configuration against a model, and compute the initial prefix.
 
     Args:
@@ -72,14 +78,18 @@ def plan_injection(config: PrefixPlusConfig, model: PreTrainedModel) -> Injectio
     modules = find_attention_modules(model)
     if not modules:
         raise ValueError(f"{type(model).__name__} {explain_missing_attention(model)}")
+    _check_loading()
     given = config
+    is_filled_later = config.prefix_is_initialized or (
+        creates_empty_parameters() and bool(find_missing_weights(model))
+    )
     init_token_ids = None if config.prefix_is_initialized else resolve_init_token_ids(config, model)
     config = dataclasses.replace(config, num_virtual_tokens=resolve_prefix_length(config, init_token_ids))
     captured: dict[str, PrefixStates] = {}
     if config.target_modules is None:
         chosen = _choose_targets(model, modules)
         _check_implementations(modules, chosen)
-        if not config.prefix_is_initialized:
+        if not is_filled_later:
             captured = capture_states(config, model, chosen, config.max_num_virtual_tokens, init_token_ids)
             if takes_argument(model, "input_ids"):
                 # Others take no part in a forward over text, such as what reads images.
@@ -90,8 +100,11 @@ def plan_injection(config: PrefixPlusConfig, model: PreTrainedModel) -> Injectio
     for length in lengths.values():
         config.check_frozen_tokens(length)
     geometries = {name: read_geometry(modules[name]) for name in lengths}
+    if is_on_disk(model):
+        # PEFT takes the hooks off while it loads an adapter, and then nothing tells where a module computes.
+        geometries = {name: _leave_meta(geometry) for name, geometry in geometries.items()}
     initial_states: dict[str, InitialStates] = {}
-    if not config.prefix_is_initialized:
+    if not is_filled_later:
         if not captured:
             captured = capture_states(config, model, list(lengths), max(lengths.values()), init_token_ids)
         initial_states = build_initial_states(config, lengths, geometries, captured)
@@ -124,12 +137,41 @@ def _copy_initial_states(
     return states
 
 
+def check_task_type(config: PrefixPlusConfig, model: PreTrainedModel) -> None:
+    """Refuse a task that PEFT's class for it could not wrap the model for; PEFT finds out after the injection.
+
+    Raises:
+        ValueError: if the task is to generate, and the model does not.
+    """
+    if config.task_type in (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM) and not hasattr(
+        model, "prepare_inputs_for_generation"
+    ):
+        raise ValueError(
+            f"`task_type` is {str(config.task_type)!r}, but {type(model).__name__} does not generate. Use "
+            "'FEATURE_EXTRACTION', the task of its head, or leave `task_type` out."
+        )
+
+
 def _check_architecture(model: PreTrainedModel) -> None:
     model_config = getattr(model, "config", None)
     if model_config is None or not hasattr(model_config, "_attn_implementation"):
         raise ValueError(
             f"PrefixPlus needs a model of transformers, got {type(model).__name__} without a transformers config."
         )
+
+
+def _check_loading() -> None:
+    if is_fsdp_enabled():
+        raise ValueError(
+            "FSDP was told to load the weights in the first process only (`fsdp_cpu_ram_efficient_loading`). The "
+            "others cannot compute a prefix, and accelerate cannot send them the frozen part of one. "
+            "Set `fsdp_cpu_ram_efficient_loading: false` (`cpu_ram_efficient_loading` in `fsdp_config`)."
+        )
+
+
+def _leave_meta(geometry: AttentionGeometry) -> AttentionGeometry:
+    device = torch.device("cpu") if geometry.device.type == "meta" else geometry.device
+    return dataclasses.replace(geometry, device=device)
 
 
 def _check_implementations(modules: Mapping[str, nn.Module], names: Iterable[str]) -> None:
@@ -170,18 +212,21 @@ def _find_position_shifts(model: PreTrainedModel, lengths: dict[str, int]) -> di
 def name_targets(model: PreTrainedModel, modules: list[str]) -> list[str]:
     """Name all attention modules by their last names if those match nothing else, otherwise in full."""
     endings = {name.rpartition(".")[2] for name in modules}
-    matched = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in endings}
-    return (
-        sorted(endings) if {name.replace(".base_layer", "") for name in matched} == set(modules) else sorted(modules)
-    )
+    matched = {name for name in _list_module_names(model) if name.rpartition(".")[2] in endings}
+    return sorted(endings) if matched == set(modules) else sorted(modules)
+
+
+def _list_module_names(model: nn.Module) -> list[str]:
+    """Names of all modules but those inside of tuner layers, where adapters may be named as any module."""
+    inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+    return [name for name, _ in model.named_modules() if name and not name.startswith(inside)]
 
 
 def _resolve_lengths(
     config: PrefixPlusConfig, model: PreTrainedModel, modules: dict[str, nn.Module]
 ) -> dict[str, int]:
     """Prefix length of every targeted module that gets a prefix."""
-    targeted = [name for name, _ in model.named_modules() if ".base_layer" not in name]
-    targeted = [name for name in targeted if name and check_target_module_exists(config, name)]
+    targeted = [name for name in _list_module_names(model) if check_target_module_exists(config, name)]
     others = [name for name in targeted if name not in modules]
     if others:
         raise ValueError(

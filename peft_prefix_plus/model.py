@@ -20,15 +20,16 @@ from .checkpoints import (
     discard_uninitialized_adapter,
     find_checkpoint_problem,
     match_dtypes,
+    refuse_pickled_weights,
 )
 from .combination import add_weighted_adapter
 from .config import PrefixPlusConfig
 from .dropout import PrefixDropout
 from .encoders import build_encoder
-from .injection import InjectionPlan, plan_injection
+from .injection import InjectionPlan, check_task_type, plan_injection
 from .layer import PrefixPlusLayer, PrefixPlusLayerBase
 from .mixing import RowAdapters, check_adapter_names, name_rows_of_other_modules
-from .positions import ShiftedPositionEmbedding, align_positions, find_shifted_stacks
+from .positions import ShiftedPositionEmbedding, align_positions, find_shifted_stacks, forget_adapter
 from .removal import unwrap_layers
 
 
@@ -39,7 +40,7 @@ class PrefixPlusModel(BaseTuner):
 
     Args:
         model (`torch.nn.Module`): a transformers model.
-        config ([`PrefixPlusConfig`]): the configuration.
+        peft_config ([`PrefixPlusConfig`]): the configuration.
         adapter_name (`str`): name of the adapter, `"default"` by default.
         low_cpu_mem_usage (`bool`): create the parameters on the meta device; only for loading.
 
@@ -60,6 +61,11 @@ class PrefixPlusModel(BaseTuner):
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         check_name_is_free(model, adapter_name)
+        if isinstance(peft_config, PrefixPlusConfig):
+            # Not a dict of them, as from a `PeftModel`.
+            refuse_pickled_weights(peft_config)
+        else:
+            check_task_type(peft_config[adapter_name], model)
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -171,6 +177,7 @@ class PrefixPlusModel(BaseTuner):
         was_active = adapter_name in self.active_adapters
         remaining = [name for name in self.active_adapters if name != adapter_name]
         super().delete_adapter(adapter_name)
+        forget_adapter(self.model, adapter_name)
         unwrap_layers(self.model, only_empty=True)
         # Layers choose by themselves, and not all have the same adapters.
         if was_active and self.peft_config:
@@ -219,13 +226,22 @@ class PrefixPlusModel(BaseTuner):
 
     @classmethod
     def _get_adapter_state_dict(
-        cls, model: nn.Module, config: PeftConfig, adapter_name: str, *args: Any, **kwargs: Any
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor], **kwargs: Any
     ) -> dict[str, Tensor]:
-        """Select what is saved; an adapter that never got its values is refused."""
-        for module in model.modules():
+        """Select what is saved, layer by layer; an adapter that never got its values is refused.
+
+        PEFT has taken out what could belong to other adapters by their names, which may be parts of any key, such as
+        the number of a layer.
+        """
+        selected: dict[str, Tensor] = {}
+        for name, module in model.named_modules():
             if isinstance(module, PrefixPlusLayer) and adapter_name in module.list_adapters():
-                module.get_encoder(adapter_name).check_initialized()
-        selected: dict[str, Tensor] = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
+                encoder = module.get_encoder(adapter_name)
+                encoder.check_initialized()
+                start = f"{name}.prefix_plus_encoder.{adapter_name}.".replace("_fsdp_wrapped_module.", "")
+                selected |= {
+                    start + key: state_dict.get(start + key, own) for key, own in encoder.state_dict().items()
+                }
         return selected
 
     @classmethod

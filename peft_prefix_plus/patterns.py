@@ -9,7 +9,7 @@ PLACE = "@"
 # Names of modules are rarely longer.
 MAX_NAME_LENGTH = 64
 # Four wildcards of any length: less than a second for a name.
-MAX_MATCH_PATHS = MAX_NAME_LENGTH**4
+MAX_MATCH_PATHS = (MAX_NAME_LENGTH + 1) ** 4
 
 
 def check_pattern(name: str, pattern: object, frame: str = PLACE) -> None:
@@ -46,7 +46,7 @@ def _count_choices(code: Any, argument: Any) -> int:
         least, most, body = argument
         most = min(int(most), MAX_NAME_LENGTH)
         ways = _count_paths(body)
-        return min(ways**most, MAX_MATCH_PATHS + 1) * max(most - int(least) + 1, 1)
+        return min(int(ways**most), MAX_MATCH_PATHS + 1) * max(most - int(least) + 1, 1)
     if code is _constants.BRANCH:
         return sum(_count_paths(branch) for branch in argument[1])
     if code is _constants.GROUPREF_EXISTS:

@@ -180,6 +180,14 @@ def stop_aligning_positions(model: nn.Module) -> None:
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
+def forget_adapter(model: nn.Module, adapter_name: str) -> None:
+    """Have the input of a model no longer moved for an adapter."""
+    for module in model.modules():
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, PositionAligner):
+                hook.shift.pop(adapter_name, None)
+
+
 def find_shifted_stacks(model: nn.Module) -> list[nn.Module]:
     """Find the models inside of a model whose tables of positions are shifted."""
     tables = [name for name, module in model.named_modules() if isinstance(module, ShiftedPositionEmbedding)]

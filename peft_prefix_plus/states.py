@@ -65,8 +65,7 @@ def select_rows(states: Sequence[PrefixStates], selection: RowSelection) -> Pref
     Shorter prefixes are filled up with hidden virtual tokens in front, so that all of them end right before the text.
 
     Args:
-        states (`Sequence[PrefixStates]`): at least one, of batch 1 and without masks; equal heads and dimensions, any
-            lengths.
+        states (`Sequence[PrefixStates]`): at least one, of batch 1; equal heads and dimensions, any lengths.
         selection ([`RowSelection`]): which of them each row gets.
 
     Returns:
@@ -76,11 +75,12 @@ def select_rows(states: Sequence[PrefixStates], selection: RowSelection) -> Pref
     longest, index = max(lengths), selection.indices.clamp(min=0)
     keys = torch.cat([_fill_up(state.keys, longest) for state in states]).index_select(0, index)
     values = torch.cat([_fill_up(state.values, longest) for state in states]).index_select(0, index)
-    if selection.is_complete and min(lengths) == longest:
+    if selection.is_complete and min(lengths) == longest and all(state.mask is None for state in states):
         return PrefixStates(keys, values)
-    hidden = index.new_tensor([longest - length for length in lengths]).index_select(0, index)
-    hidden = torch.where(selection.indices < 0, longest, hidden)
-    return PrefixStates(keys, values, torch.arange(longest, device=index.device) >= hidden[:, None])
+    masks = [state.mask if state.mask is not None else _all_visible(state) for state in states]
+    filled = [nn.functional.pad(mask, (longest - mask.shape[-1], 0)) for mask in masks]
+    mask = torch.cat(filled).index_select(0, index)
+    return PrefixStates(keys, values, mask & (selection.indices >= 0)[:, None])
 
 
 def _fill_up(tensor: Tensor, length: int) -> Tensor:

@@ -33,7 +33,7 @@ class AdapterSource(NamedTuple):
 
     @property
     def folder(self) -> str:
-        return os.path.join(self.model_id, self.subfolder or "")
+        return self.model_id if self.subfolder is None else os.path.join(self.model_id, self.subfolder)
 
 
 class TensorInfo(NamedTuple):
@@ -61,6 +61,19 @@ def find_local_weights(folder: str) -> str | None:
                 raise ValueError(f"{path} is not a file. {REMEDY}")
             return path
     return None
+
+
+def refuse_pickle(folder: str) -> None:
+    """Raise a `ValueError` if the weights that were last written to a folder are a pickle, and remove that."""
+    pickled, path = os.path.join(folder, WEIGHTS_NAME), os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
+    if not os.path.isfile(pickled):
+        return
+    if os.path.isfile(path) and os.stat(path).st_mtime_ns >= os.stat(pickled).st_mtime_ns:
+        return
+    os.remove(pickled)
+    raise ValueError(
+        "PrefixPlus adapters are saved as safetensors only. Leave out `safe_serialization`, or set it to `True`."
+    )
 
 
 def locate_weights(source: AdapterSource) -> str:

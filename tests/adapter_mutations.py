@@ -1,9 +1,7 @@
 """Ways to damage the files of a saved adapter, drawn by hypothesis."""
 
 import dataclasses
-import io
 import json
-import os
 import shutil
 import struct
 from collections.abc import Callable
@@ -28,11 +26,47 @@ SLOW_PATTERNS = [
     "(.?){60}!",
 ]
 ODD_STRINGS = [
-    "", " ", "os.system", "../../../etc/passwd", "no/where", "\ud800", "\x00", "é" * 50, "x" * 20_000, "all-linear",
-    "dummy-target-modules", "self_attn", "attn", "q_proj", "norm", "model", "default", "mlp", ".*", "(", "lm_head", "a{99999999999999}",
-    "(" * 300 + ")" * 300, "(?P<idx>1)", "a)(b", "(?i)attn", "\\1", "none", "linear", "mlp", "zero", "random", "text",
-    "SEQ_CLS", "SEQ_2_SEQ_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION", *SLOW_PATTERNS,
-]  # fmt: skip
+    "",
+    " ",
+    "os.system",
+    "../../../etc/passwd",
+    "no/where",
+    "\ud800",
+    "\x00",
+    "é" * 50,
+    "x" * 20_000,
+    "all-linear",
+    "dummy-target-modules",
+    "self_attn",
+    "attn",
+    "q_proj",
+    "norm",
+    "model",
+    "default",
+    "mlp",
+    ".*",
+    "(",
+    "lm_head",
+    "a{99999999999999}",
+    "(" * 300 + ")" * 300,
+    "(?P<idx>1)",
+    "a)(b",
+    "(?i)attn",
+    "\\1",
+    "none",
+    "linear",
+    "mlp",
+    "zero",
+    "random",
+    "text",
+    "SEQ_CLS",
+    "SEQ_2_SEQ_LM",
+    "TOKEN_CLS",
+    "QUESTION_ANS",
+    "FEATURE_EXTRACTION",
+    *SLOW_PATTERNS,
+]
+TASKS = [None, "SEQ_CLS", "SEQ_2_SEQ_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"]
 NUMBERS = [-1, 0, 1, 2, 3, 4, 6, 64, 10**6, 10**9, 2**31, 2**63, 2**64, 10**18, 10**30, -(10**30)]
 ODD_NUMBERS = [0.5, -0.0, 1e308, float("nan"), float("inf"), float("-inf")]
 scalars = st.one_of(
@@ -42,27 +76,59 @@ values = st.one_of(
     scalars,
     st.lists(scalars, max_size=3),
     st.dictionaries(st.sampled_from(ODD_STRINGS), scalars, max_size=3),
-    st.recursive(scalars, lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner), max_leaves=6),
-)  # fmt: skip
+    st.recursive(
+        scalars, lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner), max_leaves=6
+    ),
+)
 # What could make another library do something.
 HOSTILE: list[dict[str, Any]] = [
     {"auto_mapping": {"base_model_class": "system", "parent_library": "os"}, "task_type": None},
     {"auto_mapping": {"base_model_class": "pipeline", "parent_library": "transformers"}, "task_type": None},
     {"auto_mapping": {"base_model_class": ["x"], "parent_library": {"a": 1}}, "task_type": None},
-    {"prefix_init": "text", "prefix_init_text": "a", "prefix_init_token_ids": None, "prefix_is_initialized": False,
-     "tokenizer_name_or_path": "no/where", "tokenizer_kwargs": {"trust_remote_code": True}},
-    {"prefix_init": "text", "prefix_init_text": "a", "prefix_init_token_ids": None, "prefix_is_initialized": False,
-     "tokenizer_name_or_path": "no/where"},
-    {"num_virtual_tokens": 10**9}, {"num_virtual_tokens": 2**24}, {"num_virtual_tokens": 2**24 - 1, "projection": "none"},
-    {"projection_dim": 10**9}, {"projection_dim": 2**24}, {"num_virtual_tokens_pattern": {".*": 10**9}},
-    {"num_virtual_tokens_pattern": {"self_attn": 2**24}}, {"layers_to_transform": [0, 10**9]},
-    {"layers_to_transform": 0, "layers_pattern": "(.*)*"}, {"layers_to_transform": [0], "layers_pattern": ["layers"]},
-    {"modules_to_save": ["q_proj"]}, {"modules_to_save": ["model"]}, {"modules_to_save": [""]}, {"modules_to_save": ["attn"]},
-    {"modules_to_save": ["mlp"]}, {"modules_to_save": ["nothing"]}, {"modules_to_save": ["embed_tokens", "lm_head"]},
-    {"modules_to_save": ["(.*)*x"]}, {"target_modules": ["x"] * 1000}, {"target_modules": ["self_attn"] * 30},
-    {"trainable_token_indices": [0, 1]}, {"target_parameters": ["weight"]}, {"runtime_config": {}}, {"source": "x"},
-    {"base_model_name_or_path": "no/where", "revision": "x" * 300}, {"inference_mode": True}, {"is_prompt_learning": True},
-]  # fmt: skip
+    {
+        "prefix_init": "text",
+        "prefix_init_text": "a",
+        "prefix_init_token_ids": None,
+        "prefix_is_initialized": False,
+        "tokenizer_name_or_path": "no/where",
+        "tokenizer_kwargs": {"trust_remote_code": True},
+    },
+    {
+        "prefix_init": "text",
+        "prefix_init_text": "a",
+        "prefix_init_token_ids": None,
+        "prefix_is_initialized": False,
+        "tokenizer_name_or_path": "no/where",
+    },
+    {"num_virtual_tokens": 10**9},
+    {"num_virtual_tokens": 2**24},
+    {"num_virtual_tokens": 2**24 - 1, "projection": "none"},
+    {"projection_dim": 10**9},
+    {"projection_dim": 2**24},
+    {"num_virtual_tokens_pattern": {".*": 10**9}},
+    {"num_virtual_tokens_pattern": {"self_attn": 2**24}},
+    {"layers_to_transform": [0, 10**9]},
+    {"layers_to_transform": 0, "layers_pattern": "(.*)*"},
+    {"layers_to_transform": [0], "layers_pattern": ["layers"]},
+    {"modules_to_save": ["q_proj"]},
+    {"modules_to_save": ["model"]},
+    {"modules_to_save": [""]},
+    {"modules_to_save": ["attn"]},
+    {"modules_to_save": ["mlp"]},
+    {"modules_to_save": ["nothing"]},
+    {"modules_to_save": ["embed_tokens", "lm_head"]},
+    {"modules_to_save": ["(.*)*x"]},
+    {"target_modules": ["x"] * 1000},
+    {"target_modules": ["self_attn"] * 30},
+    *({"task_type": task_type} for task_type in TASKS),
+    {"trainable_token_indices": [0, 1]},
+    {"target_parameters": ["weight"]},
+    {"runtime_config": {}},
+    {"source": "x"},
+    {"base_model_name_or_path": "no/where", "revision": "x" * 300},
+    {"inference_mode": True},
+    {"is_prompt_learning": True},
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +215,7 @@ class Exploit:
     """Runs code when it is unpickled by a loader that lets it."""
 
     def __reduce__(self) -> tuple:
-        return os.environ.__setitem__, ("PREFIX_PLUS_EXPLOITED", "1")
+        return exec, ("import os; os.environ['PREFIX_PLUS_EXPLOITED'] = '1'",)
 
 
 def pickle_weights(name: str, make: Callable[[dict], Any], legacy: bool = False) -> Change:
@@ -192,8 +258,10 @@ def edit_bytes(file: str, draw_position: st.SearchStrategy[int]) -> st.SearchStr
     return st.one_of(
         st.builds(cut, draw_position),
         st.builds(flip, draw_position, st.integers(1, 255)),
-        st.builds(insert, draw_position, st.sampled_from([b"\x00", b"}", b"{", b'"', b"\xff\xff", b"1", b" ", b",", b"e9"])),
-    )  # fmt: skip
+        st.builds(
+            insert, draw_position, st.sampled_from([b"\x00", b"}", b"{", b'"', b"\xff\xff", b"1", b" ", b",", b"e9"])
+        ),
+    )
 
 
 def _nest(data: bytes) -> bytes:
@@ -218,10 +286,13 @@ config_changes = st.one_of(
     st.builds(lambda key: change_config(f"no {key}", lambda s: s.pop(key, None)), st.sampled_from(FIELDS)),
     st.builds(
         lambda key, value: change_config(f"{key}={value!r:.80}", lambda s: s.update({key: value})),
-        st.sampled_from(FIELDS), values,
+        st.sampled_from(FIELDS),
+        values,
     ),
     st.builds(lambda d: change_config(f"{d!r:.120}", lambda s: s.update(d)), st.sampled_from(HOSTILE)),
-    st.builds(lambda k, v: change_config(f"{k!r:.20}={v!r:.50}", lambda s: s.update({k: v})), st.text(max_size=8), values),
+    st.builds(
+        lambda k, v: change_config(f"{k!r:.20}={v!r:.50}", lambda s: s.update({k: v})), st.text(max_size=8), values
+    ),
     st.builds(
         lambda value: change_config(f"peft_type={value!r:.50}", lambda s: s.update(peft_type=value)),
         values.filter(lambda value: value not in ("", "PREFIX_PLUS")),
@@ -229,7 +300,7 @@ config_changes = st.one_of(
     st.builds(lambda name: change_bytes(CONFIG, name, RAW_CONFIGS[name]), st.sampled_from(sorted(RAW_CONFIGS))),
     edit_bytes(CONFIG, st.integers(0, 3000)),
     st.sampled_from([replace_by_directory(CONFIG), remove_file(CONFIG)]),
-)  # fmt: skip
+)
 
 
 def _pick(weights: dict, index: int) -> str:
@@ -283,9 +354,20 @@ DTYPES = [
     torch.float8_e4m3fn,
 ]
 BASE = "base_model.model."
-FOREIGN = ["x", "", BASE, "a.b.c", BASE + "model.norm.weight", BASE + "model.layers.0.mlp.gate_proj.weight", "norm.weight",
-           BASE + "model.layers.9.self_attn.prefix_plus_encoder.anchor_keys", BASE + "model.layers.0.self_attn.q_proj.lora_A.weight",
-           BASE + "model.layers.0.self_attn.prefix_plus_encoder.default.anchor_keys", BASE + "lm_head.weight", "é" * 30]  # fmt: skip
+FOREIGN = [
+    "x",
+    "",
+    BASE,
+    "a.b.c",
+    BASE + "model.norm.weight",
+    BASE + "model.layers.0.mlp.gate_proj.weight",
+    "norm.weight",
+    BASE + "model.layers.9.self_attn.prefix_plus_encoder.anchor_keys",
+    BASE + "model.layers.0.self_attn.q_proj.lora_A.weight",
+    BASE + "model.layers.0.self_attn.prefix_plus_encoder.default.anchor_keys",
+    BASE + "lm_head.weight",
+    "é" * 30,
+]
 RAW_WEIGHTS = {
     "empty": lambda data: b"",
     "claims 2^60 bytes of header": lambda data: struct.pack("<Q", 2**60) + data[8:],
@@ -312,9 +394,24 @@ weight_changes = st.one_of(
     edit_bytes(WEIGHTS, st.integers(0, 30_000)),
     edit_bytes(WEIGHTS, st.integers(0, 400)),
     st.builds(lambda name: change_bytes(WEIGHTS, name, RAW_WEIGHTS[name]), st.sampled_from(sorted(RAW_WEIGHTS))),
-    st.builds(_set_header, st.integers(0, 40), st.just("dtype"), st.sampled_from(["F32", "F64", "I8", "X", "", 5, None, "F8_E4M3"])),
-    st.builds(_set_header, st.integers(0, 40), st.just("shape"), st.sampled_from([[], [0], [2**62, 4], [-1], [1.5], "x", None, [1] * 500])),
-    st.builds(_set_header, st.integers(0, 40), st.just("data_offsets"), st.sampled_from([[0, 0], [0, 2**60], [5, 1], [-1, 4], [0], None])),
+    st.builds(
+        _set_header,
+        st.integers(0, 40),
+        st.just("dtype"),
+        st.sampled_from(["F32", "F64", "I8", "X", "", 5, None, "F8_E4M3"]),
+    ),
+    st.builds(
+        _set_header,
+        st.integers(0, 40),
+        st.just("shape"),
+        st.sampled_from([[], [0], [2**62, 4], [-1], [1.5], "x", None, [1] * 500]),
+    ),
+    st.builds(
+        _set_header,
+        st.integers(0, 40),
+        st.just("data_offsets"),
+        st.sampled_from([[0, 0], [0, 2**60], [5, 1], [-1, 4], [0], None]),
+    ),
     st.builds(lambda value: change_header(f"metadata {value!r:.40}", lambda h: h.update(__metadata__=value)), values),
     _on_tensor("transposed", lambda tensor: tensor.transpose(0, -1) if tensor.dim() else tensor),
     _on_tensor("flat", lambda tensor: tensor.reshape(-1)),
@@ -326,16 +423,26 @@ weight_changes = st.one_of(
         lambda dtype: change_tensors(f"all {dtype}", lambda w: w.update({k: t.to(dtype) for k, t in w.items()})),
         st.sampled_from(DTYPES),
     ),
-    st.tuples(st.sampled_from([float("nan"), float("inf"), float("-inf"), 1e38, 0.0, 1.5]), st.integers(0, 500)).flatmap(
-        lambda pair: _on_tensor(f"{pair[0]} at {pair[1]}", _put(*pair))
-    ),
+    st.tuples(
+        st.sampled_from([float("nan"), float("inf"), float("-inf"), 1e38, 0.0, 1.5]), st.integers(0, 500)
+    ).flatmap(lambda pair: _on_tensor(f"{pair[0]} at {pair[1]}", _put(*pair))),
     _on_tensor("1e300", lambda tensor: torch.full(tensor.shape, 1e300, dtype=torch.float64)),
-    st.builds(lambda index: change_tensors(f"no tensor {index}", lambda w: w.pop(_pick(w, index), None)), st.integers(0, 40)),
+    st.builds(
+        lambda index: change_tensors(f"no tensor {index}", lambda w: w.pop(_pick(w, index), None)), st.integers(0, 40)
+    ),
     st.builds(_rename, st.integers(0, 40), st.sampled_from([*FOREIGN, "@x", "x@", "@.default", BASE + "@"])),
-    st.builds(lambda name: change_tensors(f"and {name!r:.60}", lambda w: w.update({name: torch.ones(3)})), st.sampled_from(FOREIGN)),
-    st.builds(lambda name: change_tensors(f"and {name!r:.60}", lambda w: w.update({name: torch.ones(16)})), st.sampled_from(FOREIGN)),
-    st.sampled_from([change_tensors("no tensors", dict.clear), replace_by_directory(WEIGHTS), remove_file(WEIGHTS), *PICKLES]),
-)  # fmt: skip
+    st.builds(
+        lambda name: change_tensors(f"and {name!r:.60}", lambda w: w.update({name: torch.ones(3)})),
+        st.sampled_from(FOREIGN),
+    ),
+    st.builds(
+        lambda name: change_tensors(f"and {name!r:.60}", lambda w: w.update({name: torch.ones(16)})),
+        st.sampled_from(FOREIGN),
+    ),
+    st.sampled_from(
+        [change_tensors("no tensors", dict.clear), replace_by_directory(WEIGHTS), remove_file(WEIGHTS), *PICKLES]
+    ),
+)
 
 
 def _grow(axis_size: int, new_size: int) -> Callable[[dict], None]:
@@ -357,9 +464,3 @@ def resize(field: str, old: int, new: int) -> list[Change]:
         change_config(f"{field}={new}", lambda settings: settings.update({field: new})),
         change_tensors(f"axes of {old} become {new}", _grow(old, new)),
     ]
-
-
-def serialize(weights: dict) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(weights, buffer)
-    return buffer.getvalue()

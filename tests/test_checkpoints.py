@@ -1,7 +1,12 @@
 """Loading: what fits is loaded as it was saved, what does not leaves the model as it was."""
 
 import json
+import os
+import re
+import struct
 import warnings
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,7 +29,7 @@ from helpers import (
     run,
     save,
 )
-from peft import PeftModel, get_peft_model
+from peft import AutoPeftModel, PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 from tiny_models import build_model
 
@@ -203,3 +208,429 @@ def test_an_adapter_without_values_is_not_saved(tmp_path):
     with pytest.raises(RuntimeError, match="no values yet"):
         model.save_pretrained(tmp_path / "empty")
     assert not (tmp_path / "empty" / "adapter_model.safetensors").exists()
+
+
+def rewrite_config(directory: Path, **settings) -> None:
+    path = directory / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+def load_bare(base, directory):
+    return PeftModel.from_pretrained(base, directory)
+
+
+def load_lean(base, directory):
+    return PeftModel.from_pretrained(base, directory, low_cpu_mem_usage=True)
+
+
+def load_by_configuration(base, directory):
+    return PeftModel.from_pretrained(base, directory, config=PeftConfig.from_pretrained(directory))
+
+
+def load_natively(base, directory):
+    base.load_adapter(str(directory))
+    return base
+
+
+ROUTES = [load_bare, load_lean, load_by_configuration, load_natively]
+routes = pytest.mark.parametrize("load", ROUTES, ids=lambda load: load.__name__)
+FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
+ENCODER = "model.layers.0.self_attn.prefix_plus_encoder."
+AGAIN = "Download or copy the adapter once more."
+NORM = "base_model.model.model.norm.weight"
+MISFIT = "The weights do not fit adapter 'default' of this model: In @/adapter_model.safetensors, "
+
+
+class Exploit:
+    """Runs code when it is unpickled by a loader that lets it."""
+
+    def __reduce__(self):
+        return exec, ("import os; os.environ['PREFIX_PLUS_EXPLOITED'] = '1'",)
+
+
+def on_weights(change) -> Callable[[Path], None]:
+    return lambda directory: rewrite_weights(directory, change)
+
+
+def on_config(**settings) -> Callable[[Path], None]:
+    return lambda directory: rewrite_config(directory, **settings)
+
+
+def on_bytes(change, file: str = FILE) -> Callable[[Path], object]:
+    return lambda directory: (directory / file).write_bytes(change((directory / file).read_bytes()))
+
+
+def pickle_instead(make) -> Callable[[Path], None]:
+    def damage(directory: Path) -> None:
+        weights = load_file(directory / FILE)
+        (directory / FILE).unlink()
+        torch.save(make(weights), directory / "adapter_model.bin")
+
+    return damage
+
+
+def put_directory(directory: Path) -> None:
+    (directory / FILE).unlink()
+    (directory / FILE).mkdir()
+
+
+def set_tensor(name: str, tensor: torch.Tensor) -> Callable[[Path], None]:
+    return on_weights(lambda weights: weights.update({"base_model.model." + name: tensor}))
+
+
+def cast(dtype: torch.dtype) -> Callable[[Path], None]:
+    return on_weights(lambda weights: weights.update({key: tensor.to(dtype) for key, tensor in weights.items()}))
+
+
+# What was done, and the message; "@" is the directory of the adapter.
+BAD = {
+    "no_weights": (
+        lambda directory: (directory / FILE).unlink(),
+        "There are no weights (adapter_model.safetensors) "
+        "beside the configuration in @. Copy the whole adapter; or, to make a new prefix by this configuration, use "
+        "`dataclasses.replace(config, prefix_is_initialized=False)`.",
+    ),
+    "directory": (put_directory, f"@/{FILE} is not a file. {AGAIN}"),
+    "truncated": (
+        on_bytes(lambda data: data[:-1]),
+        f"@/{FILE} is not a complete safetensors file (Error while "
+        f"deserializing header: incomplete metadata, file not fully covered). {AGAIN}",
+    ),
+    "huge_header": (
+        on_bytes(lambda data: struct.pack("<Q", 2**60) + data[8:]),
+        f"@/{FILE} is not a complete safetensors file (Error while deserializing header: header too large). {AGAIN}",
+    ),
+    "code_in_pickle": (
+        pickle_instead(lambda weights: {"x": Exploit()}),
+        "@/adapter_model.bin is not a complete file of tensors (",
+    ),
+    "larger_than_the_file": (
+        pickle_instead(lambda weights: {key: torch.zeros(1).expand(10**12) for key in weights}),
+        f"@/adapter_model.bin has tensors that are larger than the file. {AGAIN}",
+    ),
+    "no_tensors_in_pickle": (
+        pickle_instead(list),
+        f"@/adapter_model.bin must hold a dict of names and tensors. {AGAIN}",
+    ),
+    "missing": (on_weights(lose_one), f"{MISFIT}1 of 18 tensors are missing, for instance '{ENCODER}anchor_keys'."),
+    "empty": (on_weights(lose_all), f"{MISFIT}18 of 18 tensors are missing, for instance '{ENCODER}embedding'."),
+    "foreign": (
+        on_weights(add_foreign),
+        f"{MISFIT}1 tensors have no place in it, for instance "
+        "'model.layers.9.self_attn.prefix_plus_encoder.anchor_keys'.",
+    ),
+    "weights_of_the_base_model": (
+        set_tensor("model.norm.weight", torch.zeros(32)),
+        f"{MISFIT}1 tensors have no place in it, for instance 'model.norm.weight'.",
+    ),
+    "misshapen": (
+        set_tensor(f"{ENCODER}anchor_keys", torch.zeros(2, 6, 8)),
+        f"{MISFIT}'{ENCODER}anchor_keys' has shape (2, 6, 8), but the model needs (2, 5, 8).",
+    ),
+    "not_a_number": (
+        on_weights(put_nan),
+        f"{MISFIT}'base_model.model.model.layers.1.self_attn.prefix_plus_encoder."
+        "scale_values' holds values that are not finite numbers.",
+    ),
+    "infinite": (
+        on_weights(put_infinity),
+        f"{MISFIT}'base_model.model.{ENCODER}anchor_keys' holds values that are not finite numbers.",
+    ),
+    "infinite_as_float32": (
+        set_tensor(f"{ENCODER}anchor_keys", torch.full((2, 5, 8), 1e300, dtype=torch.float64)),
+        f"{MISFIT}'base_model.model.{ENCODER}anchor_keys' holds values that are not finite numbers.",
+    ),
+    "integers": (
+        on_weights(make_integers),
+        f"{MISFIT}'{ENCODER}anchor_keys' has dtype I64, but the model needs a floating dtype of at least 16 bits.",
+    ),
+    "8_bits": (
+        cast(torch.float8_e4m3fn),
+        f"{MISFIT}'{ENCODER}anchor_keys' has dtype F8_E4M3, but the model needs a floating dtype of at least 16 bits.",
+    ),
+    "many_tokens": (
+        on_config(num_virtual_tokens=2**24),
+        f"{MISFIT}'{ENCODER}anchor_keys' has shape (2, 5, 8), but the model needs (2, 16777216, 8).",
+    ),
+    "too_many_tokens": (
+        on_config(num_virtual_tokens=10**9),
+        "`num_virtual_tokens` must be an integer of at most 16777216, got 1000000000.",
+    ),
+    "wide": (
+        on_config(projection_dim=2**24),
+        f"{MISFIT}'{ENCODER}embedding' has shape (5, 64), but the model needs (5, 16777216).",
+    ),
+    "too_wide": (
+        on_config(projection_dim=10**9),
+        "`projection_dim` must be an integer of at most 16777216, got 1000000000.",
+    ),
+    "many_tokens_in_a_pattern": (
+        on_config(num_virtual_tokens_pattern={"attn": 10**9}),
+        "`num_virtual_tokens_pattern['attn']` must be an integer of at most 16777216, got 1000000000.",
+    ),
+    "slow_pattern": (
+        on_config(target_modules="(.*)*x"),
+        "`target_modules` has '(.*)*x', which could take very long to match: it "
+        "repeats parts that match in many ways. Use fewer wildcards and no repeats inside of repeats, or name the "
+        "modules.",
+    ),
+    "other_layers": (
+        on_config(layers_to_transform=[0]),
+        f"{MISFIT}9 tensors have no place in it, for instance "
+        "'model.layers.1.self_attn.prefix_plus_encoder.anchor_keys'.",
+    ),
+    "layers_that_are_not_there": (
+        on_config(layers_to_transform=[0, 9]),
+        "`layers_to_transform` names the layers [9], but the layers that can carry a prefix are [0, 1].",
+    ),
+    "other_projection": (
+        on_config(projection="none"),
+        f"{MISFIT}4 of 12 tensors are missing, for instance '{ENCODER}delta_keys'.",
+    ),
+    "head_that_is_not_in_the_file": (
+        on_config(modules_to_save=["lm_head"]),
+        f"{MISFIT}1 of 19 tensors are missing, for instance 'lm_head.weight'.",
+    ),
+    "head_inside_of_attention": (
+        on_config(modules_to_save=["q_proj"]),
+        "`modules_to_save` ['q_proj'] means "
+        "model.layers.0.self_attn.q_proj, which has modules in common with model.layers.0.self_attn, which gets a "
+        "prefix. Name other modules, or leave this one out of `target_modules`.",
+    ),
+    "head_that_is_everything": (
+        on_config(modules_to_save=[""]),
+        "`modules_to_save` must be a list of module names, got [''].",
+    ),
+    "remote_code": (
+        on_config(tokenizer_kwargs={"trust_remote_code": True}),
+        "`tokenizer_kwargs` has `trust_remote_code`, which "
+        "would run code for everybody who uses this configuration. Tokenize the text with that tokenizer yourself, "
+        "and set `prefix_init_token_ids`.",
+    ),
+    "mistyped": (
+        on_config(base_model_name_or_path={"a": 1}),
+        "`base_model_name_or_path` must be a string, got {'a': 1}.",
+    ),
+    "task": (on_config(task_type="POETRY"), "Invalid task type: 'POETRY'."),
+}
+
+
+@routes
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_file_is_refused_by_every_route_and_changes_nothing(kind, load, tmp_path):
+    damage, message = BAD[kind]
+    save(tmp_path)
+    damage(tmp_path)
+    base = build_model("llama")
+    snapshot = Snapshot(base)
+    with pytest.raises(ValueError) as raised:
+        load(base, tmp_path)
+    message = message.replace("@", str(tmp_path))
+    assert str(raised.value)[: len(message)] == message
+    snapshot.assert_unchanged(base)
+    assert all(parameter.requires_grad for parameter in base.parameters()) and not base._hf_peft_config_loaded
+    assert "PREFIX_PLUS_EXPLOITED" not in os.environ
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_file_beside_a_good_adapter_changes_nothing(kind, tmp_path):
+    damage, message = BAD[kind]
+    model = save(tmp_path)
+    damage(tmp_path)
+    expected, keys, modules = run(model), list(model.state_dict()), list(model.modules())
+    with pytest.raises(ValueError) as raised:
+        model.load_adapter(tmp_path, "other")
+    message = message.replace("@", str(tmp_path)).replace("'default'", "'other'")
+    assert str(raised.value)[: len(message)] == message
+    assert (
+        list(model.state_dict()) == keys
+        and list(model.modules()) == modules
+        and list(model.peft_config) == ["default"]
+    )
+    assert torch.equal(run(model), expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda weights: weights.pop(NORM), "1 of 23 tensors are missing, for instance 'model.norm.weight'"),
+        (lambda weights: weights.update({NORM: torch.ones(3)}), "has shape (3,), but the model needs (32,)"),
+        (lambda weights: weights[NORM].fill_(float("nan")), "holds values that are not finite numbers"),
+        (lambda weights: weights.update({NORM: torch.ones(32, dtype=torch.int64)}), "has dtype I64"),
+    ],
+    ids=["missing", "misshapen", "not_a_number", "integers"],
+)
+@routes
+def test_a_bad_head_is_refused(load, change, problem, tmp_path):
+    save(tmp_path, modules_to_save=["norm"])
+    rewrite_weights(tmp_path, change)
+    base = build_model("llama")
+    snapshot = Snapshot(base)
+    with pytest.raises(ValueError, match=re.escape(problem)):
+        load(base, tmp_path)
+    snapshot.assert_unchanged(base)
+
+
+@routes
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_other_floating_dtypes_become_float32(load, dtype, tmp_path):
+    model = save(tmp_path)
+    cast(dtype)(tmp_path)
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if ".prefix_plus_" in name:
+                tensor.copy_(tensor.to(dtype))
+    loaded = load(build_model("llama"), tmp_path)
+    assert all(tensor.dtype == torch.float32 for tensor in loaded.state_dict().values())
+    torch.testing.assert_close(loaded(draw_tokens()).logits, run(model))
+
+
+@pytest.mark.parametrize("load", ROUTES[:-1], ids=lambda load: load.__name__)
+def test_a_pickle_of_tensors_is_loaded(load, tmp_path):
+    expected = run(save(tmp_path))
+    pickle_instead(lambda weights: weights)(tmp_path)
+    assert torch.equal(load(build_model("llama"), tmp_path)(draw_tokens()).logits, expected)
+
+
+def test_transformers_reads_no_pickle_and_says_so_before_the_model_is_changed(tmp_path):
+    save(tmp_path)
+    pickle_instead(lambda weights: weights)(tmp_path)
+    base = build_model("llama")
+    snapshot = Snapshot(base)
+    with pytest.raises(ValueError, match=r"adapter_model\.bin is not a safetensors file.*PeftModel\.from_pretrained"):
+        base.load_adapter(str(tmp_path))
+    snapshot.assert_unchanged(base)
+
+
+@routes
+@pytest.mark.parametrize("settings", [{"prefix_is_initialized": False}, {}], ids=["false", "absent"])
+def test_loading_runs_no_initialization_whatever_the_file_says(load, settings, tmp_path):
+    expected = run(save(tmp_path))
+    text = {"prefix_init": "text", "prefix_init_text": "a", "prefix_init_token_ids": None}
+    rewrite_config(tmp_path, **text, tokenizer_name_or_path="no/where")
+    path = tmp_path / CONFIG_FILE
+    written = json.loads(path.read_text())
+    del written["prefix_is_initialized"]
+    path.write_text(json.dumps(written | settings))
+    base = build_model("llama")
+    hook = base.register_forward_pre_hook(lambda *args: pytest.fail("the base model ran"))
+    loaded = load(base, tmp_path)
+    hook.remove()
+    assert torch.equal(loaded(draw_tokens()).logits, expected)
+
+
+def test_an_init_text_never_runs_the_code_of_a_tokenizer(tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *args: pytest.fail("asked on the terminal"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": ["code.Mine", None]}}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "mine", "auto_map": {"AutoConfig": "code.Config"}})
+    )
+    (tmp_path / "code.py").write_text("import os\nos.environ['PREFIX_PLUS_EXPLOITED'] = '1'\nclass Mine: pass\n")
+    config = PrefixPlusConfig(prefix_init_text="a", tokenizer_name_or_path=str(tmp_path))
+    with pytest.raises(ValueError, match="Cannot load the tokenizer"):
+        get_peft_model(build_model("llama"), config)
+    assert "PREFIX_PLUS_EXPLOITED" not in os.environ
+
+
+@pytest.mark.parametrize("parent_library", ["os", "subprocess", "peft_prefix_plus.cli"])
+def test_an_auto_class_imports_nothing_that_a_file_names(parent_library, tmp_path):
+    save(tmp_path)
+    rewrite_config(
+        tmp_path, task_type=None, auto_mapping={"base_model_class": "system", "parent_library": parent_library}
+    )
+    with pytest.raises(ValueError, match="not in the import allowlist"):
+        AutoPeftModel.from_pretrained(tmp_path)
+
+
+def test_unknown_settings_of_a_later_version_are_named(tmp_path):
+    expected = run(save(tmp_path))
+    rewrite_config(tmp_path, source="x", trainable_token_indices=[1], later={"a": 1})
+    with pytest.warns(
+        UserWarning, match=r"Unexpected keyword arguments \['later', 'source', 'trainable_token_indices'\]"
+    ):
+        loaded = PeftModel.from_pretrained(build_model("llama"), tmp_path)
+    assert torch.equal(run(loaded), expected)
+
+
+@routes
+def test_an_enlarged_vocabulary_is_loaded_with_its_embeddings(load, tmp_path):
+    model = add_prefix(build_model("llama"))
+    perturb(model)
+    model.get_input_embeddings().weight.data[7] = 1.0
+    model.save_pretrained(tmp_path, save_embedding_layers=True)
+    assert torch.equal(load(build_model("llama"), tmp_path)(draw_tokens()).logits, run(model))
+
+
+@routes
+@pytest.mark.parametrize("modules_to_save", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]], ids=str)
+def test_embeddings_that_are_also_modules_to_save(load, modules_to_save, tmp_path):
+    """PEFT then writes them under several names."""
+    model = add_prefix(build_model("llama"), modules_to_save=modules_to_save)
+    perturb(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".modules_to_save." in name:
+                parameter += 0.1
+    model.save_pretrained(tmp_path, save_embedding_layers=True)
+    torch.testing.assert_close(load(build_model("llama"), tmp_path)(draw_tokens()).logits, run(model))
+
+
+def test_a_larger_vocabulary_than_that_of_the_base_model_is_refused(tmp_path):
+    model = add_prefix(build_model("llama", vocab_size=100))
+    model.save_pretrained(tmp_path, save_embedding_layers=True)
+    base = build_model("llama")
+    snapshot = Snapshot(base)
+    with pytest.raises(ValueError, match=r"weight' has shape \(100, 32\), .* \(96, 32\)"):
+        PeftModel.from_pretrained(base, tmp_path)
+    snapshot.assert_unchanged(base)
+
+
+@pytest.mark.parametrize("damage", [lose_one, add_foreign, misshape, put_nan, make_integers])
+def test_a_state_dict_that_does_not_fit_is_refused(damage, tmp_path):
+    """Without a file there is nothing to look at before the adapter is in the model."""
+    save(tmp_path)
+    weights = load_file(tmp_path / FILE)
+    damage(weights)
+    base = build_model("llama")
+    snapshot = Snapshot(base)
+    model = get_peft_model(base, PrefixPlusConfig.from_pretrained(str(tmp_path)))
+    with pytest.raises(ValueError, match="The weights do not fit adapter 'default'"):
+        set_peft_model_state_dict(model, weights)
+    snapshot.assert_unchanged(base)
+
+
+@pytest.mark.parametrize("task_type", ["CAUSAL_LM", "SEQ_2_SEQ_LM"])
+def test_a_task_that_is_not_the_models_is_refused(task_type, tmp_path):
+    """The model without its head, or an encoder: PEFT's class for the task would fail after the injection."""
+    save(tmp_path)
+    rewrite_config(tmp_path, task_type=task_type)
+    base = build_model("llama").model
+    modules = list(base.modules())
+    for load in (load_bare, lambda base, directory: get_peft_model(base, PrefixPlusConfig(task_type=task_type))):
+        with pytest.raises(ValueError, match=f"`task_type` is '{task_type}', but LlamaModel does not generate"):
+            load(base, tmp_path)
+        assert list(base.modules()) == modules and all(parameter.requires_grad for parameter in base.parameters())
+
+
+def test_an_adapter_in_the_cache_of_the_hub_is_checked_as_well(tmp_path):
+    snapshot = tmp_path / "models--org--ferries" / "snapshots" / ("0" * 40)
+    expected = run(save(snapshot))
+    refs = tmp_path / "models--org--ferries" / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("0" * 40)
+    loaded = PeftModel.from_pretrained(build_model("llama"), "org/ferries", cache_dir=tmp_path)
+    assert torch.equal(run(loaded), expected)
+    rewrite_weights(snapshot, misshape)
+    base = build_model("llama")
+    before = Snapshot(base)
+    with pytest.raises(ValueError, match=r"output_bias' has shape \(33,\), but the model needs \(32,\)"):
+        PeftModel.from_pretrained(base, "org/ferries", cache_dir=tmp_path)
+    before.assert_unchanged(base)
+
+
+def test_a_configuration_that_was_checked_forgets_where_it_was_read(tmp_path):
+    """A folded or changed adapter must not be compared with a file that it no longer comes from."""
+    save(tmp_path)
+    model = PeftModel.from_pretrained(build_model("llama"), tmp_path)
+    assert model.peft_config["default"].source is None
+    assert PrefixPlusConfig.from_pretrained(str(tmp_path)).source.folder == str(tmp_path)

@@ -151,7 +151,8 @@ def test_folding_on_disk_leaves_the_adapter_alone(adapter_dir, tmp_path):
     before = {path.name: path.read_bytes() for path in adapter_dir.iterdir() if path.is_file()}
     fold_adapter(str(adapter_dir), str(tmp_path / "deep" / "folded"))
     assert {path.name: path.read_bytes() for path in adapter_dir.iterdir() if path.is_file()} == before
-    assert (tmp_path / "deep" / "folded" / "README.md").read_bytes() == before["README.md"]
+    card = (tmp_path / "deep" / "folded" / "README.md").read_text()
+    assert "- Projection: `none`\n" in card and "- Projection: `mlp`" in before["README.md"].decode()
 
 
 def test_other_saved_modules_are_kept(tmp_path):

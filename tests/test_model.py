@@ -64,14 +64,6 @@ def test_unload_leaves_no_trace(name):
         add_prefix(base)
 
 
-@pytest.mark.parametrize("call", ["forward", "generate"])
-def test_one_adapter_per_row_is_refused(call):
-    model, ids = add_prefix(build_model("llama")), draw_tokens()
-    with pytest.raises(ValueError, match=r"`adapter_names`.*not supported.*set_adapter"):
-        getattr(model, call)(input_ids=ids, adapter_names=["default", "default"])
-    assert model(ids).logits.isfinite().all()
-
-
 @both_kinds
 def test_status_and_parameter_counts(name, capsys):
     model = add_prefix(build_model(name), layers_to_transform=[1])
@@ -353,9 +345,8 @@ def test_auto_classes_load_the_adapter_with_its_base_model(tmp_path):
 
 
 def test_a_prefix_beside_lora_is_captured_from_the_adapted_modules():
-    base = inject_adapter_in_model(
-        LoraConfig(target_modules=["q_proj"], init_lora_weights=False), build_model("llama")
-    )
+    config = LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    base = inject_adapter_in_model(config, build_model("llama"), adapter_name="lora")
     ids, prompt = draw_tokens(), torch.tensor(INIT_TOKEN_IDS).expand(2, -1)
     expected = base.eval()(torch.cat([prompt, ids], dim=1)).logits[:, P:]
     del base.peft_config

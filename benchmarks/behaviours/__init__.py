@@ -1,6 +1,17 @@
 """What people do with adapters of PEFT, written once for every method, for the tests and for docs/comparison.md."""
 
-from . import adapters, generation, hub, placement, saving, trainers, training_loop, transformers_native, trl_trainers
+from . import (
+    adapters,
+    combining,
+    generation,
+    hub,
+    placement,
+    saving,
+    trainers,
+    training_loop,
+    transformers_native,
+    trl_trainers,
+)
 from .behaviour import BEHAVIOURS, Behaviour
 from .methods import METHODS, Method
 
@@ -10,6 +21,7 @@ __all__ = [
     "Behaviour",
     "Method",
     "adapters",
+    "combining",
     "generation",
     "hub",
     "placement",

@@ -16,14 +16,14 @@ from multiprocessing import Process, connection, get_context
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["TOKENIZERS_PARALLELISM"] = "false"
-sys.path[0] = str(Path(__file__).parents[1])
+if __name__ == "__main__":
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    sys.path[0] = str(Path(__file__).parents[1])
 
-import torch  # noqa: E402
+import torch
 
-from behaviours import BEHAVIOURS, METHODS  # noqa: E402
-from behaviours.subjects import warm_up  # noqa: E402
+from behaviours import BEHAVIOURS, METHODS
+from behaviours.subjects import warm_up
 
 RESULTS = Path(__file__).with_name("comparison.json")
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "trl")

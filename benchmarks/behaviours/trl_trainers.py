@@ -36,7 +36,7 @@ from .subjects import (
 )
 
 # In float32 and without checkpointing, unless a behaviour asks for them: TRL has both on by default.
-_SETTINGS: dict[str, Any] = {
+SETTINGS: dict[str, Any] = {
     "max_steps": 3,
     "per_device_train_batch_size": 4,
     "learning_rate": 0.01,
@@ -51,12 +51,12 @@ _SETTINGS: dict[str, Any] = {
 }
 _WORDS = ["red fox", "blue jay", "old oak", "wet fog"]
 _TEXTS = [{"text": f"the {word} is here"} for word in _WORDS]
-_COMPLETIONS = [{"prompt": f"see the {word}:", "completion": f" a {word}"} for word in _WORDS]
-_CHATS = [
+COMPLETIONS = [{"prompt": f"see the {word}:", "completion": f" a {word}"} for word in _WORDS]
+CHATS = [
     {"messages": [{"role": "user", "content": f"name a {word}"}, {"role": "assistant", "content": f"{word} it is"}]}
     for word in _WORDS
 ]
-_PREFERENCES = [{"prompt": f"see the {word}:", "chosen": f" a {word}", "rejected": " nothing"} for word in _WORDS]
+PREFERENCES = [{"prompt": f"see the {word}:", "chosen": f" a {word}", "rejected": " nothing"} for word in _WORDS]
 _JUDGED = [
     {"prompt": f"see the {word}:", "completion": f" a {word}" if i % 2 else " nothing", "label": bool(i % 2)}
     for i, word in enumerate(_WORDS)
@@ -76,7 +76,7 @@ def _build_trainer(
     arguments = {name: settings.pop(name) for name in ("reward_funcs", "callbacks") if name in settings}
     return trainer_class(
         model=build_causal_lm() if model is None else model,
-        args=config_class(output_dir=str(directory), **(_SETTINGS | settings)),
+        args=config_class(output_dir=str(directory), **(SETTINGS | settings)),
         train_dataset=Dataset.from_list(rows),
         processing_class=build_tokenizer(),
         peft_config=method.build_config(task_type=task_type),
@@ -150,7 +150,7 @@ def pack_sequences_in_sft(method: Method, directory: Path) -> None:
 @behaviour("TRL")
 def train_on_chats(method: Method, directory: Path) -> None:
     """`SFTTrainer` on chats."""
-    _assert_decreases(_train(_build_sft(_CHATS, method, directory, max_steps=8)))
+    _assert_decreases(_train(_build_sft(CHATS, method, directory, max_steps=8)))
 
 
 def _check_loss_on_part(method: Method, directory: Path, rows: list[dict[str, Any]], **settings: Any) -> None:
@@ -172,22 +172,22 @@ def _check_loss_on_part(method: Method, directory: Path, rows: list[dict[str, An
 @behaviour("TRL")
 def train_on_completions(method: Method, directory: Path) -> None:
     """`SFTTrainer` on prompts and completions: the loss is that of the completions."""
-    _check_loss_on_part(method, directory, _COMPLETIONS)
+    _check_loss_on_part(method, directory, COMPLETIONS)
 
 
 @behaviour("TRL")
 def train_on_the_answers_of_chats(method: Method, directory: Path) -> None:
     """`SFTTrainer` with `assistant_only_loss`: the loss is that of the answers."""
-    _check_loss_on_part(method, directory, _CHATS, assistant_only_loss=True)
+    _check_loss_on_part(method, directory, CHATS, assistant_only_loss=True)
 
 
 @behaviour("TRL")
 def resume_sft(method: Method, directory: Path) -> None:
     """Resume an `SFTTrainer`: equal to the uninterrupted run, bit for bit."""
     settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
-    whole = _build_sft(_COMPLETIONS, method, directory, **settings)
+    whole = _build_sft(COMPLETIONS, method, directory, **settings)
     _train(whole)
-    resumed = _build_sft(_COMPLETIONS, method, directory, **settings)
+    resumed = _build_sft(COMPLETIONS, method, directory, **settings)
     resumed.train(resume_from_checkpoint=str(directory / "checkpoint-2"))
     expected = _list_trained(whole.model)
     if not all(torch.equal(given, expected[name]) for name, given in _list_trained(resumed.model).items()):
@@ -198,7 +198,7 @@ def resume_sft(method: Method, directory: Path) -> None:
 def load_what_sft_saved(method: Method, directory: Path) -> None:
     """Load what an `SFTTrainer` has saved with `AutoPeftModelForCausalLM`."""
     base = save_base_model(directory / "base")
-    trainer = _build_sft(_COMPLETIONS, method, directory / "adapter", model=base, learning_rate=0.1)
+    trainer = _build_sft(COMPLETIONS, method, directory / "adapter", model=base, learning_rate=0.1)
     _train(trainer)
     trainer.save_model()
     loaded = AutoPeftModelForCausalLM.from_pretrained(directory / "adapter")
@@ -208,7 +208,7 @@ def load_what_sft_saved(method: Method, directory: Path) -> None:
     assert_same_tokens(loaded.generate(draw_tokens(), **lengths), trainer.model.generate(draw_tokens(), **lengths))
 
 
-def _sum_log_probs(model: nn.Module, prompt: str, completion: str) -> torch.Tensor:
+def sum_log_probs(model: nn.Module, prompt: str, completion: str) -> torch.Tensor:
     """Log-probability of a completion and the token that ends it."""
     tokenizer = build_tokenizer()
     start, rest = tokenizer(prompt)["input_ids"], [*tokenizer(completion)["input_ids"], tokenizer.eos_token_id]
@@ -221,14 +221,14 @@ def _sum_log_probs(model: nn.Module, prompt: str, completion: str) -> torch.Tens
 @behaviour("TRL")
 def train_with_dpo(method: Method, directory: Path) -> None:
     """`DPOTrainer`: the model without the adapter is the reference, and preferences are learned."""
-    trainer = _build_trainer(DPOTrainer, DPOConfig, _PREFERENCES, method, directory, max_steps=8, beta=0.5)
+    trainer = _build_trainer(DPOTrainer, DPOConfig, PREFERENCES, method, directory, max_steps=8, beta=0.5)
     perturb(trainer.model)
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     chosen, rejected = trainer.compute_ref_log_probs(trainer.model, batch)
     base = build_causal_lm()
-    expected = sorted(float(_sum_log_probs(base, row["prompt"], row["chosen"])) for row in _PREFERENCES)
+    expected = sorted(float(sum_log_probs(base, row["prompt"], row["chosen"])) for row in PREFERENCES)
     assert_close(torch.tensor(sorted(chosen.tolist())), torch.tensor(expected), tolerance=1e-3)
-    expected = sorted(float(_sum_log_probs(base, row["prompt"], row["rejected"])) for row in _PREFERENCES)
+    expected = sorted(float(sum_log_probs(base, row["prompt"], row["rejected"])) for row in PREFERENCES)
     assert_close(torch.tensor(sorted(rejected.tolist())), torch.tensor(expected), tolerance=1e-3)
     _assert_decreases(_train(trainer))
     margins = [entry["rewards/margins"] for entry in trainer.state.log_history if "rewards/margins" in entry]
@@ -243,11 +243,11 @@ def start_dpo_at_the_reference(method: Method, directory: Path) -> None:
     model.save_pretrained(directory / "adapter")
     expected = compute_logits(model)
     model = PeftModel.from_pretrained(build_causal_lm(), directory / "adapter", is_trainable=True)
-    settings = _SETTINGS | {"max_steps": 4, "beta": 0.5}
+    settings = SETTINGS | {"max_steps": 4, "beta": 0.5}
     trainer = DPOTrainer(
         model=model,
         args=DPOConfig(output_dir=str(directory), **settings),
-        train_dataset=Dataset.from_list(_PREFERENCES),
+        train_dataset=Dataset.from_list(PREFERENCES),
         processing_class=build_tokenizer(),
     )
     losses = _train(trainer)
@@ -271,11 +271,9 @@ def train_with_grpo(method: Method, directory: Path) -> None:
     def reward(completions: list[str], **kwargs: Any) -> list[float]:
         return [float(sum(map(ord, completion)) % 7) for completion in completions]
 
-    prompts = [{"prompt": row["prompt"]} for row in _PREFERENCES]
+    prompts = [{"prompt": row["prompt"]} for row in PREFERENCES]
     settings = {"num_generations": 2, "max_completion_length": 6, "beta": 0.1, "max_steps": 2}
-    trainer = _build_trainer(
-        GRPOTrainer, GRPOConfig, prompts, method, directory, reward_funcs=reward, **settings
-    )
+    trainer = _build_trainer(GRPOTrainer, GRPOConfig, prompts, method, directory, reward_funcs=reward, **settings)
     perturb(trainer.model)
     _train(trainer)
     divergences = [entry["kl"] for entry in trainer.state.log_history if "kl" in entry]
@@ -292,7 +290,7 @@ def _build_reward_model() -> PreTrainedModel:
 def train_a_reward_model(method: Method, directory: Path) -> None:
     """`RewardTrainer`: the head is trained, saved and loaded with the adapter."""
     rows = [
-        {"chosen": row["prompt"] + row["chosen"], "rejected": row["prompt"] + row["rejected"]} for row in _PREFERENCES
+        {"chosen": row["prompt"] + row["chosen"], "rejected": row["prompt"] + row["rejected"]} for row in PREFERENCES
     ]
     settings = {"model": _build_reward_model(), "task_type": "SEQ_CLS", "max_steps": 8}
     trainer = _build_trainer(RewardTrainer, RewardConfig, rows, method, directory, **settings)

@@ -5,9 +5,13 @@ from .alibi import (
     read_alibi_slopes,
 )
 from .devices import (
+    creates_empty_parameters,
+    fetch_offloaded,
     find_device,
     find_missing_weights,
     gather_weights,
+    is_on_disk,
+    runs_offloaded,
 )
 from .geometry import (
     AttentionGeometry,
@@ -63,7 +67,9 @@ __all__ = [
     "count_positions",
     "count_token_embeddings",
     "counts_positions_itself",
+    "creates_empty_parameters",
     "explain_missing_attention",
+    "fetch_offloaded",
     "find_attention_call",
     "find_attention_modules",
     "find_device",
@@ -78,10 +84,12 @@ __all__ = [
     "gather_weights",
     "is_attention_module",
     "is_cross_attention",
+    "is_on_disk",
     "iterate_base_modules",
     "read_alibi_slopes",
     "read_batch_size",
     "read_geometry",
+    "runs_offloaded",
     "runs_without_gradients",
     "takes_argument",
     "takes_tokens",

@@ -1,11 +1,11 @@
 """Where modules compute, and whether their weights are there."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 META = torch.device("meta")
@@ -48,6 +48,40 @@ def find_missing_weights(model: nn.Module) -> list[str]:
             if parameter.device == META
         ]
     return missing
+
+
+def creates_empty_parameters() -> bool:
+    """Whether new parameters go to the meta device: PEFT's `low_cpu_mem_usage=True` asks accelerate for that."""
+    return nn.Linear(1, 1).weight.device == META
+
+
+def is_on_disk(model: nn.Module) -> bool:
+    """Whether parts of a model were mapped to the disk when it was loaded."""
+    return "disk" in getattr(model, "hf_device_map", {}).values()
+
+
+def runs_offloaded(model: nn.Module) -> bool:
+    """Whether hooks of accelerate bring weights of a model for the time of a forward."""
+    return any(getattr(hook, "offload", False) for module in model.modules() for hook in _list_hooks(module))
+
+
+def fetch_offloaded(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Replace what is on the meta device, because accelerate has offloaded it, by its values.
+
+    Args:
+        model (`nn.Module`): what the tensors belong to.
+        tensors (`Mapping[str, torch.Tensor]`): parameters and buffers by their names in the model.
+
+    Returns:
+        `dict[str, torch.Tensor]`: the same names; what no hook knows stays as it is.
+    """
+    fetched = dict(tensors)
+    for name in (name for name, tensor in tensors.items() if tensor.device == META):
+        owner, _, own = name.rpartition(".")
+        for hook in _list_hooks(model.get_submodule(owner)):
+            if getattr(hook, "offload", False):
+                fetched[name] = hook.weights_map[own]
+    return fetched
 
 
 def _list_hooks(module: nn.Module) -> list[Any]:

@@ -82,8 +82,13 @@ def join_calls(calls: list[PrefixStates]) -> PrefixStates:
 class _Channel(threading.local):
     """What attention functions find in the current thread; layers fill it around the module's forward."""
 
-    delivery: PrefixDelivery | None = None
-    recorder: StatesRecorder | None = None
+    delivery: PrefixDelivery | None
+    recorder: StatesRecorder | None
+
+    def __init__(self) -> None:
+        # In every thread: a compiled forward would be compiled again once attributes of the class become its own.
+        self.delivery = None
+        self.recorder = None
 
 
 _channel = _Channel()

@@ -18,6 +18,7 @@ from ..base_models import load_base_model, locate_tokenizer
 from ..config import PrefixPlusConfig
 from ..examples import Example, load_examples, tokenize_examples
 from ..interruption import find_checkpoint_damage, find_last_complete_checkpoint
+from ..model_card import update_model_card
 from .arguments import DataArguments, ModelArguments, PrefixArguments, build_config, parse_arguments
 
 # What suits a prefix; the rest are the defaults of `TrainingArguments`.
@@ -96,6 +97,8 @@ def run(words: Sequence[str]) -> None:
         metrics = trainer.evaluate()
         trainer.save_metrics("eval", metrics)
         trainer.log_metrics("eval", metrics)
+        if trainer.is_world_process_zero():
+            update_model_card(training_arguments.output_dir, metrics)
     print(f"saved the adapter to {training_arguments.output_dir}")
 
 
