@@ -81,6 +81,13 @@ def _rebuild_encoder(module_name: str, tensors: dict[str, Tensor], config: Prefi
     try:
         keys, values = tensors["anchor_keys"], tensors["anchor_values"]
         geometry = AttentionGeometry(keys.shape[0], keys.shape[-1], values.shape[-1], keys.device)
+        # Before memory is allocated for whatever the configuration says.
+        if "embedding" in tensors and tensors["embedding"].shape[-1] != config.projection_dim:
+            raise ValueError(
+                f"The weights of {module_name} do not fit the adapter's configuration: the embeddings have size "
+                f"{tensors['embedding'].shape[-1]}, the configuration says {config.projection_dim}. The files belong "
+                "to different adapters."
+            )
         encoder = build_encoder(
             config.projection, geometry, keys.shape[1], config.num_frozen_tokens, config.projection_dim
         )

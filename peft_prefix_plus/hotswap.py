@@ -71,20 +71,23 @@ def prepare_model_for_compiled_hotswap(
     encoders = [(layer, name, layer.get_encoder(name)) for layer in layers for name in layer.list_adapters()]
     if not encoders:
         raise ValueError("The model has no PrefixPlus adapter yet. Load the first one, then prepare the model.")
+    for _, _, encoder in encoders:
+        encoder.check_initialized()
     longest = max(_count_tokens(encoder) for _, _, encoder in encoders)
     if num_virtual_tokens is not None and num_virtual_tokens < longest:
         raise ValueError(
             f"`num_virtual_tokens` is {num_virtual_tokens}, but an adapter of the model has {longest}. Give the "
             "length of the longest adapter."
         )
+    base, configs = _find_base_model(model), _get_configs(model)
+    names = list(dict.fromkeys(name for _, name, _ in encoders))
     for layer, name, encoder in encoders:
         slot = PrefixSlot(encoder.geometry, num_virtual_tokens or _count_tokens(encoder))
         slot.to(encoder.anchor_keys.device).train(encoder.training).fill(encoder)
         layer.prefix_plus_encoder[name] = slot
         # Nothing is trained that dropout could serve; and one of whole tokens might hide all that are visible.
         layer.prefix_plus_dropout[name].probability = 0.0  # type: ignore[assignment]
-    base, configs = _find_base_model(model), _get_configs(model)
-    for name in dict.fromkeys(name for _, name, _ in encoders):
+    for name in names:
         configs[name] = copy(configs[name])
         configs[name].projection = "none"
         _keep_shifts_in_tensors(base, name)

@@ -34,6 +34,7 @@ from safetensors.torch import load_file
 from tiny_models import build_model
 
 from peft_prefix_plus import PrefixPlusConfig
+from peft_prefix_plus.folding import fold_adapter
 
 DAMAGES = [lose_one, lose_all, add_foreign, misshape, put_nan, put_infinity, make_integers]
 damages = pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
@@ -634,3 +635,11 @@ def test_a_configuration_that_was_checked_forgets_where_it_was_read(tmp_path):
     model = PeftModel.from_pretrained(build_model("llama"), tmp_path)
     assert model.peft_config["default"].source is None
     assert PrefixPlusConfig.from_pretrained(str(tmp_path)).source.folder == str(tmp_path)
+
+
+@pytest.mark.parametrize("size", [{"num_virtual_tokens": 2**24}, {"projection_dim": 2**24}], ids=str)
+def test_folding_allocates_nothing_for_sizes_that_the_weights_do_not_have(size, tmp_path):
+    save(tmp_path / "adapter")
+    rewrite_config(tmp_path / "adapter", **size)
+    with pytest.raises(ValueError, match=r"the configuration says 16777216\. The files belong to different adapters"):
+        fold_adapter(str(tmp_path / "adapter"), str(tmp_path / "folded"))

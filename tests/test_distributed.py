@@ -23,7 +23,7 @@ STEPS, LEARNING_RATE = 3, 5.0
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 needs_deepspeed = pytest.mark.skipif(not HAS_DEEPSPEED, reason="deepspeed is not installed")
 # Between runs that add the same numbers in another order.
-TOLERANCE = 1e-3
+TOLERANCE = 1e-5
 # Without the dropout of GPT-2, which draws other numbers in two processes than in one.
 SETTINGS = {"llama": {}, "gpt2": {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}}
 CHECKPOINTING = {"": None, "reentrant": True, "not reentrant": False}
@@ -140,7 +140,7 @@ def test_fsdp2(name, checkpointing, layer, tmp_path):
     run_processes(train_fsdp, tmp_path / "two", name, checkpointing, layer)
     assert_same_adapter(tmp_path / "two", expected)
     loaded = PeftModel.from_pretrained(build_model(name), tmp_path / "two")
-    assert torch.allclose(run(loaded), run(PeftModel.from_pretrained(build_model(name), expected)), atol=TOLERANCE)
+    assert torch.allclose(run(loaded), run(PeftModel.from_pretrained(build_model(name), expected)), atol=1e-3)
 
 
 def use_sharded(adapter_dir: Path, expected: dict[str, Tensor], anchors: dict[str, Tensor]) -> None:
@@ -251,13 +251,13 @@ def test_the_trainer_trains_what_one_process_trains_and_resumes(kind, tmp_path):
         kind, {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_USE_CPU": "false", "DS_ACCELERATOR": "cpu"}
     )
     run_processes(run_trainer, kind, base, two, 2, None, None, **environment)
-    assert_same_adapter(two, one)
+    assert_same_adapter(two, one, tolerance=1e-3)
     run_processes(run_trainer, kind, base, resumed, 2, 3, None, **environment)
     run_processes(run_trainer, kind, base, resumed, 2, None, resumed / "checkpoint-3", **environment)
     assert_same_adapter(resumed, two, tolerance=0.0)
 
 
-def capture_partitioned(base: Path, expected: dict[str, Tensor]) -> None:
+def capture_partitioned(base: Path, settings: dict[str, Any], expected: dict[str, Tensor]) -> None:
     import deepspeed
 
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
@@ -265,7 +265,7 @@ def capture_partitioned(base: Path, expected: dict[str, Tensor]) -> None:
     model = AutoModelForCausalLM.from_pretrained(base)
     parameters = dict(model.named_parameters())
     assert config.is_zero3() and all(p.numel() == 0 for p in parameters.values())
-    given = add_prefix(model).state_dict()
+    given = add_prefix(model, **settings).state_dict()
     assert all(torch.allclose(given[key], tensor, atol=1e-6) for key, tensor in expected.items())
     # Everything is partitioned again, and what did it is gone.
     assert all(p.numel() == 0 for p in parameters.values())
@@ -276,11 +276,12 @@ def capture_partitioned(base: Path, expected: dict[str, Tensor]) -> None:
 @needs_deepspeed
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_a_prefix_is_computed_from_weights_that_deepspeed_has_partitioned(name, tmp_path):
+@pytest.mark.parametrize("settings", [{}, {"prefix_init": "vocab"}])
+def test_a_prefix_is_computed_from_weights_that_deepspeed_has_partitioned(name, settings, tmp_path):
     build_model(name).save_pretrained(tmp_path)
-    expected = add_prefix(build_model(name)).state_dict()
+    expected = add_prefix(build_model(name), **settings).state_dict()
     expected = {key: tensor for key, tensor in expected.items() if ".anchor_" in key or ".scale_" in key}
-    run_processes(capture_partitioned, tmp_path, expected, DS_ACCELERATOR="cpu")
+    run_processes(capture_partitioned, tmp_path, settings, expected, DS_ACCELERATOR="cpu")
 
 
 def test_a_process_that_fails_is_told():

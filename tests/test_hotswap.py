@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from behaviours.hub_client import OWNER, STRANGER_TOKEN, TOKEN, get_hub, in_client
 from helpers import (
     Snapshot,
     add_foreign,
@@ -137,6 +138,7 @@ def compile_and_run(model) -> torch.nn.Module:
     return compiled
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_prepared_model_is_compiled_once(name, saved):
     compiled = compile_and_run(load(name, saved["mlp"], length=9))
@@ -147,6 +149,7 @@ def test_a_prepared_model_is_compiled_once(name, saved):
         assert_close(logits, run(load(name, saved[adapter])), atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_model_that_was_not_prepared_is_compiled_again(name, saved):
     compiled = compile_and_run(load(name, saved["mlp"]))
@@ -294,6 +297,37 @@ def test_adapters_that_transformers_has_loaded_are_swapped(name, saved, length):
 
 
 @either_way
+@pytest.mark.parametrize("order", [["lora", "prefix"], ["prefix", "lora"]], ids="-".join)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@torch.no_grad()
+def test_a_prefix_beside_lora_is_swapped(order, length, tmp_path):
+    """Each method has a wrapper of its own; any of them will do."""
+    for seed, directory in enumerate(("first", "second")):
+        model = add_prefix(build_model("llama"), prefix_init_token_ids=list(range(5, 8 + seed)))
+        model.save_pretrained(tmp_path / directory)
+
+    def build(directory):
+        base, wrappers = build_model("llama"), {}
+        for kind in order:
+            torch.manual_seed(4)
+            if kind == "prefix":
+                wrappers[kind] = PeftModel.from_pretrained(base, tmp_path / directory, adapter_name="prefix")
+            else:
+                config = LoraConfig(target_modules="all-linear", init_lora_weights=False)
+                wrappers[kind] = get_peft_model(base, config, adapter_name="lora").eval()
+        return wrappers
+
+    expected = build("second")["lora"](draw_tokens()).logits
+    for kind in order:
+        wrappers = build("first")
+        if length is not None:
+            prepare_model_for_compiled_hotswap(wrappers[kind], num_virtual_tokens=length)
+        hotswap_adapter(wrappers[kind], str(tmp_path / "second"), "prefix")
+        assert_close(wrappers["lora"](draw_tokens()).logits, expected, atol=2e-5, rtol=1e-4)
+        assert wrappers["prefix"].peft_config["prefix"].num_virtual_tokens == 4
+
+
+@either_way
 def test_other_saved_modules_are_swapped(length, tmp_path):
     for seed, directory in enumerate(("first", "second")):
         model = add_prefix(build_model("llama"), modules_to_save=["norm"], projection_dim=8)
@@ -419,6 +453,23 @@ def test_a_subfolder_is_read(name, saved, tmp_path):
     model = load(name, saved["mlp"])
     hotswap_adapter(model, str(tmp_path / "repository"), "default", torch_device="cpu", subfolder="inside")
     assert torch.equal(run(model), run(load(name, saved["short"])))
+
+
+@pytest.mark.slow
+@in_client
+def test_an_adapter_is_swapped_in_from_the_hub(tmp_path):
+    save(tmp_path / "first")
+    save(tmp_path / "second", prefix_init_token_ids=[3, 9, 4], projection="none")
+    files = {f"inside/{path.name}": path.read_bytes() for path in (tmp_path / "second").iterdir()}
+    repo_id = f"{OWNER}/swapped"
+    get_hub().put(repo_id, files, private=True)
+    model = load("llama", tmp_path / "first")
+    before = run(model)
+    with pytest.raises(ValueError, match="Can't find 'adapter_config"):
+        hotswap_adapter(model, repo_id, "default", subfolder="inside", token=STRANGER_TOKEN)
+    assert torch.equal(run(model), before)
+    hotswap_adapter(model, repo_id, "default", subfolder="inside", token=TOKEN, revision="main")
+    assert torch.equal(run(model), run(load("llama", tmp_path / "second")))
 
 
 def test_preparing_refuses_what_cannot_be_prepared(name, saved):

@@ -340,6 +340,20 @@ def test_the_card_of_the_trainer_keeps_its_results(tmp_path):
 
 
 @in_client
+def test_a_base_model_from_a_directory_is_no_obstacle_after_save_model(tmp_path):
+    repo_id, place = f"{OWNER}/from-directory", save_base_model(tmp_path / "base")
+    model = METHOD.apply(AutoModelForCausalLM.from_pretrained(place))
+    settings = {"report_to": "none", "use_cpu": True, "hub_model_id": repo_id, "hub_token": TOKEN}
+    trainer = Trainer(model, TrainingArguments(str(tmp_path / "output"), **settings))
+    # PEFT gives the path as the base model, for every method.
+    with pytest.raises(ValueError, match="base_model"):
+        trainer.push_to_hub()
+    trainer.save_model()
+    HfApi(token=TOKEN).upload_folder(repo_id=repo_id, folder_path=tmp_path / "output", ignore_patterns="*.bin")
+    assert str(tmp_path) not in str(read_card(repo_id))
+
+
+@in_client
 def test_the_trainer_pushes_an_adapter_that_transformers_added(tmp_path):
     repo_id, model = f"{OWNER}/native", _load_base(tmp_path)
     model.add_adapter(METHOD.build_config(size=3))

@@ -25,6 +25,7 @@ ORDER = [
     "layer",
     "positions",
     "removal",
+    "offloading",
     "capture",
     "initialization",
     "folding",

@@ -120,6 +120,22 @@ def iterate_outcomes(pairs: list[tuple[str, str]], workers: int, root: Path) -> 
                 yield run, read_outcome(run)
 
 
+def write_results(outcomes: dict[str, dict[str, str]]) -> None:
+    """Write what came of each behaviour and method."""
+    comparison = {
+        "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
+        "behaviours": {
+            name: {
+                "group": BEHAVIOURS[name].group,
+                "title": BEHAVIOURS[name].title,
+                "outcomes": {method: outcomes[name][method] for method in METHODS},
+            }
+            for name in BEHAVIOURS
+        },
+    }
+    RESULTS.write_text(json.dumps(comparison, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     """Run everything, or what is named."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -141,20 +157,8 @@ def main() -> None:
             print(f"{done}/{len(pairs)} {run.name}, {run.method}: {outcome} ({seconds:.1f} s)", flush=True)
             if arguments.names and outcome != "pass":
                 print((run.directory / "log").read_text(encoding="utf-8", errors="replace"))
-    if is_partial:
-        return
-    comparison = {
-        "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
-        "behaviours": {
-            name: {
-                "group": BEHAVIOURS[name].group,
-                "title": BEHAVIOURS[name].title,
-                "outcomes": {method: outcomes[name][method] for method in METHODS},
-            }
-            for name in names
-        },
-    }
-    RESULTS.write_text(json.dumps(comparison, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    if not is_partial:
+        write_results(outcomes)
 
 
 if __name__ == "__main__":

@@ -39,21 +39,24 @@ def write_counts(rows: list[dict[str, Any]], methods: list[str]) -> str:
 
 def write_group(group: str, rows: list[dict[str, Any]], methods: list[str]) -> str:
     """The table of one group, and why each "no" is one."""
-    lines = [f"## {group}", "", f"| | {' | '.join(methods)} |", "|---" * (len(methods) + 1) + "|"]
-    reasons = []
-    for row in rows:
+    lines = [f"## {group}", "", f"| | | {' | '.join(methods)} |", "|---" * (len(methods) + 2) + "|"]
+    reasons: dict[str, dict[int, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for number, row in enumerate(rows, start=1):
         cells = ["yes" if row["outcomes"][method] == "pass" else "**no**" for method in methods]
-        lines.append(f"| {escape(row['title'])} | {' | '.join(cells)} |")
-        failed: dict[str, list[str]] = defaultdict(list)
+        lines.append(f"| {number} | {escape(row['title'])} | {' | '.join(cells)} |")
         for method in methods:
             kind, _, reason = row["outcomes"][method].partition(": ")
             if kind != "pass":
-                failed[reason].append(method)
-        for reason, names in failed.items():
-            code = f"`` {reason} ``" if "`" in reason else f"`{reason}`"
-            reasons.append(f"- {escape(row['title'])}; {', '.join(names)}: {code}")
+                reasons[reason][number].append(method)
     if reasons:
-        lines += ["", "Why not:", "", *reasons]
+        lines += ["", "Why not, by the number of the row:", ""]
+    for reason, failed in reasons.items():
+        numbers_by_methods: dict[str, list[str]] = defaultdict(list)
+        for number, names in failed.items():
+            numbers_by_methods[", ".join(names)].append(str(number))
+        where = "; ".join(f"{', '.join(numbers)} ({names})" for names, numbers in numbers_by_methods.items())
+        code = f"`` {reason} ``" if "`" in reason else f"`{reason}`"
+        lines.append(f"- {where}: {code}")
     return "\n".join(lines)
 
 

@@ -48,7 +48,14 @@ class _Process:
         with open(root / "log", "wb") as log:
             command = [sys.executable, __file__]
             self.process = subprocess.Popen(
-                command, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=log, cwd=root
+                command,
+                env=environment,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                cwd=root,
+                # Whoever ends a group of processes must not end this one while it cleans up.
+                start_new_session=True,
             )
         while not Path(self.address).exists():
             if self.process.poll() is not None:
