@@ -61,7 +61,7 @@ class InjectionPlan:
     position_shifts: dict[str, int]
 
 
-def plan_injection(config: PrefixPlusConfig, model: PreTrainedModel, may_lack_weights: bool = False) -> InjectionPlan:
+def plan_injection(config: PrefixPlusConfig, model: PreTrainedModel) -> InjectionPlan:
     """Resolve a configuration against a model, and compute the initial prefix.
 
     Args:
