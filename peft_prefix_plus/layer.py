@@ -8,7 +8,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedConfig
 
-from .architectures import read_batch_size, uses_attention_interface
+from .architectures import find_device, read_batch_size, uses_attention_interface
 from .attention import attend_with_prefix, original_config, route_config
 from .dropout import PrefixDropout
 from .encoders import PrefixEncoder, fold_encoder
@@ -94,9 +94,11 @@ class PrefixPlusLayerBase(nn.Module, BaseTunerLayer):
     def unmerge(self) -> None:
         """The same for unmerging."""
 
-    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, None]:
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, None]:
         """Adapters follow their module's device; they keep their own dtype."""
-        return next(base_layer.parameters()).device, None
+        device = find_device(base_layer)
+        # Without weights nothing tells, and on the meta device the values of the adapter would be lost.
+        return (None if device.type == "meta" else device), None
 
 
 def _join_names(prefix: str, name: str) -> str:

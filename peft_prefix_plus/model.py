@@ -14,6 +14,7 @@ from peft.utils import _get_submodules
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from .architectures import fetch_offloaded
 from .checkpoints import (
     check_saved_weights,
     describe_misfit,
@@ -22,13 +23,14 @@ from .checkpoints import (
     match_dtypes,
     refuse_pickled_weights,
 )
-from .combination import add_weighted_adapter
+from .combination import add_weighted_adapter, check_adapter_name
 from .config import PrefixPlusConfig
 from .dropout import PrefixDropout
 from .encoders import build_encoder
 from .injection import InjectionPlan, check_task_type, plan_injection
 from .layer import PrefixPlusLayer, PrefixPlusLayerBase
 from .mixing import RowAdapters, check_adapter_names, name_rows_of_other_modules
+from .offloading import check_loader, follow_offloading
 from .positions import ShiftedPositionEmbedding, align_positions, find_shifted_stacks, forget_adapter
 from .removal import unwrap_layers
 
@@ -61,11 +63,14 @@ class PrefixPlusModel(BaseTuner):
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         check_name_is_free(model, adapter_name)
-        if isinstance(peft_config, PrefixPlusConfig):
-            # Not a dict of them, as from a `PeftModel`.
-            refuse_pickled_weights(peft_config)
+        if isinstance(peft_config, dict):
+            # From a `PeftModel`, which belongs to a task.
+            config = peft_config[adapter_name]
+            check_task_type(config, model)
         else:
-            check_task_type(peft_config[adapter_name], model)
+            config = peft_config
+            refuse_pickled_weights(config)
+        check_loader(model, config.prefix_is_initialized)
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -73,13 +78,16 @@ class PrefixPlusModel(BaseTuner):
 
         Whatever can go wrong does so while the plan is made, before the model is touched.
         """
+        check_adapter_name(adapter_name)
         config = self.peft_config[adapter_name]
         plan = plan_injection(config, model)
         check_saved_weights(config, adapter_name, plan, model)
         config.remember_resolved(plan.config)
         self._plan = plan
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        self._plan = None
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        finally:
+            self._plan = None
         for name, shift in plan.position_shifts.items():
             self._shift_positions(model, name, adapter_name, shift)
         align_positions(model, adapter_name, max(plan.lengths.values()) if plan.config.initializes_from_tokens else 0)
@@ -242,13 +250,14 @@ class PrefixPlusModel(BaseTuner):
                 selected |= {
                     start + key: state_dict.get(start + key, own) for key, own in encoder.state_dict().items()
                 }
-        return selected
+        return fetch_offloaded(model, selected)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Check a checkpoint before anything of it is loaded; on a mismatch the adapter is taken out again."""
+        follow_offloading(model)
         remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )
