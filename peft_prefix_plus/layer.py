@@ -70,9 +70,17 @@ class PrefixPlusLayerBase(nn.Module, BaseTunerLayer):
         wanted = self.active_adapters if self.rows is None else self.rows.adapters
         return [name for name in wanted if name in available]
 
-    def mix_rows(self, rows: RowAdapters | None) -> None:
-        """Give every row of the next forwards an adapter of its own; `None` ends that."""
+    def begin_call(self, rows: RowAdapters | None) -> None:
+        """Prepare for a call of the whole model: a forward, or `generate` with all of its forwards.
+
+        Args:
+            rows ([`RowAdapters`], *optional*): gives every row an adapter of its own.
+        """
         self.rows = rows
+
+    def end_call(self) -> None:
+        """Forget what [`begin_call`] set."""
+        self.rows = None
 
     def restore_base_layer(self) -> nn.Module:
         """Return the wrapped module as it was before the first adapter."""
@@ -143,6 +151,8 @@ class PrefixPlusLayer(PrefixPlusLayerBase):
             self._original_config = original_config(base_layer)
             self._routed_config = route_config(self._original_config)
         self._active_adapter: list[str] = []
+        # While a call of the whole model runs, and nothing trains, the prefix stays the same.
+        self._kept_states: dict[Any, PrefixStates] | None = None
 
     def update_layer(self, adapter_name: str, encoder: PrefixEncoder, dropout: PrefixDropout) -> None:
         """Add an adapter.
@@ -180,9 +190,18 @@ class PrefixPlusLayer(PrefixPlusLayerBase):
         super().delete_adapter(adapter_name)
         self._update_route()
 
-    def mix_rows(self, rows: RowAdapters | None) -> None:
-        super().mix_rows(rows)
-        self._update_route()
+    def begin_call(self, rows: RowAdapters | None) -> None:
+        super().begin_call(rows)
+        self._kept_states = {}
+        if rows is not None:
+            self._update_route()
+
+    def end_call(self) -> None:
+        was_mixed = self.rows is not None
+        super().end_call()
+        self._kept_states = None
+        if was_mixed:
+            self._update_route()
 
     def restore_base_layer(self) -> nn.Module:
         if self._original_config is not None:
@@ -216,5 +235,13 @@ class PrefixPlusLayer(PrefixPlusLayerBase):
         adapter_names = self.list_effective_adapters()
         if not adapter_names:
             return self.base_layer(*args, **kwargs)
-        states = self.get_prefix_states(adapter_names, read_batch_size(self.base_layer, args, kwargs))
+        batch_size = read_batch_size(self.base_layer, args, kwargs)
+        kept = self._kept_states
+        if kept is None or self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            states = self.get_prefix_states(adapter_names, batch_size)
+        else:
+            key = (tuple(adapter_names), None if self.rows is None else batch_size)
+            if key not in kept:
+                kept[key] = self.get_prefix_states(adapter_names, batch_size)
+            states = kept[key]
         return attend_with_prefix(self.base_layer, states, *args, **kwargs)

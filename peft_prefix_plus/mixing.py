@@ -98,7 +98,7 @@ def _count_rows(rows: RowAdapters, module: nn.Module, args: tuple[Any, ...], kwa
 
 
 @contextmanager
-def name_rows_of_other_modules(model: nn.Module, stacks: Sequence[nn.Module], rows: RowAdapters) -> Iterator[None]:
+def name_rows(model: nn.Module, stacks: Sequence[nn.Module], rows: RowAdapters) -> Iterator[None]:
     """Have modules in `modules_to_save` take part in a mixed batch, and some models count its rows.
 
     Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
 
 from peft import PeftConfig
@@ -29,8 +29,9 @@ from .dropout import PrefixDropout
 from .encoders import build_encoder
 from .injection import InjectionPlan, check_task_type, plan_injection
 from .layer import PrefixPlusLayer, PrefixPlusLayerBase
-from .mixing import RowAdapters, check_adapter_names, name_rows_of_other_modules
+from .mixing import RowAdapters, check_adapter_names, name_rows
 from .offloading import check_loader, follow_offloading
+from .positions import ShiftedPositionEmbedding, align_positions, find_shifted_stacks, forget_adapter
 from .positions import ShiftedPositionEmbedding, align_positions, find_shifted_stacks, forget_adapter
 from .removal import unwrap_layers
 
@@ -212,21 +213,19 @@ class PrefixPlusModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        adapter_names = kwargs.get("adapter_names")
-        if adapter_names is None:
-            yield
-            return
-        check_adapter_names(adapter_names, self.peft_config, self.training)
-        rows = RowAdapters(adapter_names)
+        adapter_names, rows = kwargs.get("adapter_names"), None
+        if adapter_names is not None:
+            check_adapter_names(adapter_names, self.peft_config, self.training)
+            rows = RowAdapters(adapter_names)
         layers = [module for module in self.model.modules() if isinstance(module, PrefixPlusLayerBase)]
         try:
             for layer in layers:
-                layer.mix_rows(rows)
-            with name_rows_of_other_modules(self.model, find_shifted_stacks(self.model), rows):
+                layer.begin_call(rows)
+            with nullcontext() if rows is None else name_rows(self.model, find_shifted_stacks(self.model), rows):
                 yield
         finally:
             for layer in layers:
-                layer.mix_rows(None)
+                layer.end_call()
 
     def unmerge_adapter(self) -> None:
         """Refused, as merging is."""

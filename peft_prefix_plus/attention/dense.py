@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..states import PrefixStates
+from .merging import attend_by_parts, can_merge
 from .prepending import extend_mask, prepend_prefix
 from .routing import AttentionFunction
 
@@ -61,7 +62,13 @@ def attend_sdpa(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attend where a mask of `None` may mean causal attention; see [`attend_eager`]."""
-    if attention_mask is not None or not _is_causal(module, query, kwargs):
+    is_causal = attention_mask is None and _is_causal(module, query, kwargs)
+    if not args and can_merge(attend, query, key, value, prefix, kwargs):
+        if is_causal:
+            key, value = key[:, :, : query.shape[-2]], value[:, :, : query.shape[-2]]
+        scaling = kwargs.get("scaling")
+        return attend_by_parts(query, key, value, attention_mask, prefix, is_causal, scaling), None
+    if not is_causal:
         return attend_eager(attend, module, query, key, value, attention_mask, prefix, *args, **kwargs)
     # The flag aligns queries and keys at the top left.
     num_queries, num_virtual_tokens = query.shape[-2], prefix.num_virtual_tokens
