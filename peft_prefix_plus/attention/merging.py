@@ -25,7 +25,7 @@ _HARMLESS = frozenset(
 def can_merge(
     attend: AttentionFunction, query: Tensor, key: Tensor, value: Tensor, prefix: PrefixStates, kwargs: dict[str, Any]
 ) -> bool:
-    """Whether a call of `sdpa` may be computed by parts: without gradients, on a CPU, with nothing unusual.
+    """Whether a call of `sdpa` should be computed by parts: with cached tokens, on a CPU, with nothing unusual.
 
     Args:
         attend (`Callable`): the model's attention function.
@@ -36,6 +36,7 @@ def can_merge(
     inputs = (query, key, value, prefix.keys, prefix.values)
     return (
         attend is sdpa_attention_forward
+        and key.shape[-2] > query.shape[-2]
         and query.device.type == "cpu"
         and key.shape[-1] == value.shape[-1]
         and prefix.bias is None
