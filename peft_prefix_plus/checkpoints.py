@@ -14,6 +14,7 @@ from .encoders import build_encoder
 from .injection import InjectionPlan
 from .layer import PrefixPlusLayer, PrefixPlusLayerBase
 from .positions import stop_aligning_positions
+from .token_rows import find_token_rows
 from .weights import (
     FLOATING_DTYPES,
     TensorInfo,
@@ -26,6 +27,8 @@ from .weights import (
 
 # In front of the names in the file of a `PeftModel`.
 PEFT_PREFIX = "base_model.model."
+# The rows of an embedding in the file of an adapter with `trainable_token_indices`.
+TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
 
 
 def check_saved_weights(
@@ -47,7 +50,8 @@ def check_saved_weights(
         return
     path = locate_weights(config.source)
     infos = _remove_prefix(read_tensor_infos(path))
-    problem = _find_misfit(_list_planned_tensors(plan, modules_to_save), _list_embeddings(model), infos)
+    planned = _list_planned_tensors(plan, modules_to_save) | _list_token_rows(config, model)
+    problem = _find_misfit(planned, _list_embeddings(model), infos)
     problem = problem or _find_bad_values(iterate_tensors(path))
     if problem is not None:
         raise ValueError(describe_misfit(config, adapter_name, f"In {path}, {problem}"))
@@ -109,7 +113,11 @@ def find_checkpoint_problem(model: nn.Module, adapter_name: str, state_dict: Map
     """
     required = describe_tensors(find_adapter_tensors(model, adapter_name))
     given = _remove_prefix(describe_tensors(state_dict))
-    problem = _find_misfit(_remove_prefix(required), _list_embeddings(model), given)
+    # Only one of two tables that are tied is saved.
+    own_rows = f"{TOKEN_ROWS}.{adapter_name}"
+    rows = {name: tensor for name, tensor in model.state_dict().items() if name.endswith(own_rows)}
+    optional = _list_embeddings(model) | _remove_prefix(describe_tensors(rows))
+    problem = _find_misfit(_remove_prefix(required), optional, given)
     return problem or _find_bad_values(state_dict.items())
 
 
@@ -142,6 +150,14 @@ def _list_planned_tensors(plan: InjectionPlan, modules_to_save: Mapping[str, nn.
     for name, module in modules_to_save.items():
         tensors |= {f"{name}.{key}": tensor for key, tensor in module.state_dict().items()}
     return describe_tensors(tensors)
+
+
+def _list_token_rows(config: PrefixPlusConfig, model: PreTrainedModel) -> dict[str, TensorInfo]:
+    """The rows of embeddings that are trained beside the prefix."""
+    return {
+        f"{name}{TOKEN_ROWS}": TensorInfo(shape, torch.float32)
+        for name, shape in find_token_rows(config, model).items()
+    }
 
 
 def _list_embeddings(model: nn.Module) -> dict[str, TensorInfo]:

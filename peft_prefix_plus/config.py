@@ -51,6 +51,10 @@ class PrefixPlusConfig(PeftConfig):
             Name of the list of layers in the model, if `layers_to_transform` needs it.
         modules_to_save (`list[str]`, *optional*):
             Modules that are trained and saved as a whole, for instance a classification head.
+        trainable_token_indices (`list[int]` or `dict[str, list[int]]`, *optional*):
+            Tokens whose embeddings are trained and saved, as in LoRA: of the input embeddings, or of the tables named.
+        ensure_weight_tying (`bool`):
+            Keep embeddings tied that the base model ties, where tokens are trained. Default `False`.
         projection (`str`):
             How the trained difference from the initial keys and values is produced, per layer. `"mlp"` (default): a
             two-layer network on an embedding per virtual token. `"linear"`: one linear map of the embedding. `"none"`:
@@ -105,6 +109,13 @@ class PrefixPlusConfig(PeftConfig):
     )
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules that are trained and saved as a whole, e.g. a classification head."}
+    )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None,
+        metadata={"help": "Tokens whose embeddings are trained and saved, or names of tables mapped to tokens."},
+    )
+    ensure_weight_tying: bool = field(
+        default=False, metadata={"help": "Keep embeddings tied that the base model ties, where tokens are trained."}
     )
     projection: str = field(
         default="mlp",
@@ -213,6 +224,14 @@ class PrefixPlusConfig(PeftConfig):
         names = self.modules_to_save
         if names is not None and not (_is_list_of_strings(names) and all(map(_MODULE_NAME.fullmatch, names))):
             raise ValueError(f"`modules_to_save` must be a list of module names, got {_show(names)}.")
+
+        tables = self.trainable_token_indices
+        rows = [tables] if isinstance(tables, list) else tables.values() if isinstance(tables, dict) else []
+        if not (tables is None or rows) or not all(map(_is_list_of_tokens, rows)):
+            raise ValueError(
+                "`trainable_token_indices` must be a list of token ids, or names of tables mapped to such lists, got "
+                f"{_show(tables)}."
+            )
 
     def _check_layers(self) -> None:
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
@@ -391,6 +410,10 @@ def _check_integer(name: str, value: object, minimum: int, maximum: int | None =
 
 def _is_list_of_strings(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _is_list_of_tokens(value: object) -> bool:
+    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
 
 
 def _show(value: object) -> str:

@@ -40,6 +40,7 @@ from .initialization import (
 )
 from .layer import PrefixPlusLayer
 from .states import PrefixStates
+from .token_rows import find_token_rows
 
 
 @dataclasses.dataclass
@@ -79,6 +80,7 @@ def plan_injection(config: PrefixPlusConfig, model: PreTrainedModel) -> Injectio
     if not modules:
         raise ValueError(f"{type(model).__name__} {explain_missing_attention(model)}")
     _check_loading()
+    find_token_rows(config, model)
     given = config
     is_filled_later = config.prefix_is_initialized or (
         creates_empty_parameters() and bool(find_missing_weights(model))

@@ -32,7 +32,6 @@ from .layer import PrefixPlusLayer, PrefixPlusLayerBase
 from .mixing import RowAdapters, check_adapter_names, name_rows
 from .offloading import check_loader, follow_offloading
 from .positions import ShiftedPositionEmbedding, align_positions, find_shifted_stacks, forget_adapter
-from .positions import ShiftedPositionEmbedding, align_positions, find_shifted_stacks, forget_adapter
 from .removal import unwrap_layers
 
 
@@ -72,7 +71,16 @@ class PrefixPlusModel(BaseTuner):
             config = peft_config
             refuse_pickled_weights(config)
         check_loader(model, config.prefix_is_initialized)
-        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+        has_configs = hasattr(model, "peft_config")
+        try:
+            super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+        except Exception:
+            # Models of transformers keep their own list of adapters, and PEFT enters a refused one as well.
+            if has_configs:
+                model.peft_config.pop(adapter_name, None)  # type: ignore[union-attr, operator]
+            elif hasattr(model, "_hf_peft_config_loaded"):
+                model._hf_peft_config_loaded = False  # type: ignore[assignment]
+            raise
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Give a model an adapter; see `BaseTuner.inject_adapter`.
@@ -146,6 +154,9 @@ class PrefixPlusModel(BaseTuner):
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT would also copy the weight and bias that its own targets, linear maps, have.
+        if isinstance(new_module, PrefixPlusLayerBase):
+            layers = (module for module in self.model.modules() if isinstance(module, PrefixPlusLayerBase))
+            new_module._disable_adapters = any(layer.disable_adapters for layer in layers)
         setattr(parent, child_name, new_module)
 
     def fold_prefix(self, adapter_names: str | Sequence[str] | None = None) -> None:

@@ -168,6 +168,10 @@ def align_positions(model: PreTrainedModel, adapter_name: str, num_virtual_token
     if not aligners:
         aligners = [PositionAligner(uses_absolute_positions(model), uses_sectioned_rotary(model))]
         stack.register_forward_pre_hook(aligners[0], with_kwargs=True)
+    # transformers deletes adapters without telling the tuner.
+    layers = [module for module in model.modules() if isinstance(module, PrefixPlusLayer)]
+    present = {name for layer in layers for name in layer.list_adapters()}
+    aligners[0].shift = {name: shift for name, shift in aligners[0].shift.items() if name in present}
     aligners[0].shift[adapter_name] = num_virtual_tokens
 
 

@@ -326,3 +326,24 @@ def use_a_saved_configuration_again(method: Method, directory: Path) -> None:
     models[1].save_pretrained(directory)
     loaded = PeftModel.from_pretrained(build_causal_lm(), directory)
     assert torch.equal(compute_logits(loaded), compute_logits(models[1]))
+
+
+@behaviour(GROUP)
+def train_and_save_new_tokens(method: Method, directory: Path) -> None:
+    """Train the embeddings of some tokens with the adapter (`trainable_token_indices`)."""
+    model = method.apply(build_causal_lm(), trainable_token_indices=[11, 12])
+    before = compute_logits(model, torch.tensor([[5, 11, 6]]))
+    ids = torch.tensor([[5, 11, 6, 12, 7], [12, 8, 9, 11, 5]])
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
+    embeddings = [name for name, p in model.named_parameters() if "trainable_tokens" in name and p.requires_grad]
+    assert embeddings
+    for _ in range(3):
+        model.train()(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert_differ(compute_logits(model, torch.tensor([[5, 11, 6]])), before)
+    model.save_pretrained(directory)
+    loaded = PeftModel.from_pretrained(build_causal_lm(), directory)
+    assert torch.equal(compute_logits(loaded, ids), compute_logits(model, ids))
+    with model.disable_adapter():
+        assert torch.equal(compute_logits(model, ids), compute_logits(build_causal_lm(), ids))

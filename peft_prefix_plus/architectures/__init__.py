@@ -25,6 +25,7 @@ from .inputs import (
     count_token_embeddings,
     find_input_shapes,
     find_token_embeddings,
+    read_table_shape,
 )
 from .modules import (
     computes_attention,
@@ -89,6 +90,7 @@ __all__ = [
     "read_alibi_slopes",
     "read_batch_size",
     "read_geometry",
+    "read_table_shape",
     "runs_offloaded",
     "runs_without_gradients",
     "takes_argument",

@@ -11,10 +11,16 @@ def count_token_embeddings(model: PreTrainedModel) -> int:
     embeddings: Any = find_token_embeddings(model)
     if isinstance(embeddings, nn.ModuleList):
         embeddings = embeddings[0]
-    weight = getattr(embeddings, "weight", None)
+    shape = read_table_shape(embeddings)
+    return shape[0] if shape else int(model.config.get_text_config().vocab_size)
+
+
+def read_table_shape(table: Any) -> tuple[int, int] | None:
+    """Rows and columns of a table of embeddings; `None` for a module that is none."""
+    weight = getattr(table, "weight", None)
     # DeepSpeed's partitioned weights are empty, and know the shape that they have when they are gathered.
     shape = getattr(weight, "ds_shape", None) or getattr(weight, "shape", None)
-    return int(shape[0] if shape else model.config.get_text_config().vocab_size)
+    return (int(shape[0]), int(shape[1])) if shape and len(shape) == 2 else None
 
 
 def find_token_embeddings(model: PreTrainedModel) -> nn.Module | None:

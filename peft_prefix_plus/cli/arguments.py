@@ -21,8 +21,9 @@ _OPTION_TYPES: dict[str, Any] = {
     "layers_to_transform": list[int] | None,
     "layers_pattern": list[str] | None,
     "tokenizer_kwargs": str | None,
+    "trainable_token_indices": str | None,
 }
-_JSON_OPTIONS = ("num_virtual_tokens_pattern", "tokenizer_kwargs")
+_JSON_OPTIONS = ("num_virtual_tokens_pattern", "tokenizer_kwargs", "trainable_token_indices")
 _NOT_OPTIONS = {field.name for field in dataclasses.fields(PrefixPlusConfig.__mro__[1])} | {"prefix_is_initialized"}
 
 

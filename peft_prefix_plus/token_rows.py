@@ -1,0 +1,49 @@
+"""Rows of embeddings that are trained beside a prefix: `trainable_token_indices`."""
+
+from typing import Any
+
+from peft.utils.other import AuxiliaryTrainingWrapper
+from transformers import PreTrainedModel
+
+from .architectures import find_token_embeddings, read_table_shape
+from .config import PrefixPlusConfig
+
+
+def find_token_rows(config: PrefixPlusConfig, model: PreTrainedModel) -> dict[str, tuple[int, int]]:
+    """Find the tables that `trainable_token_indices` means in a model, by PEFT's rule: names that end so.
+
+    Args:
+        config ([`PrefixPlusConfig`]): the configuration.
+        model (`PreTrainedModel`): the base model, with or without other adapters.
+
+    Returns:
+        `dict[str, tuple[int, int]]`: for each table the shape of the rows that are trained.
+
+    Raises:
+        ValueError: if there is no such table, or it has no such row.
+    """
+    indices = config.trainable_token_indices
+    if indices is None:
+        return {}
+    tables = {name: _unwrap(module) for name, module in model.named_modules() if not name.endswith("original_module")}
+    if isinstance(indices, list):
+        embeddings = find_token_embeddings(model)
+        chosen = {name: indices for name, table in tables.items() if table is _unwrap(embeddings)}
+    else:
+        chosen = {name: rows for key, rows in indices.items() for name in tables if name.endswith(key)}
+    shapes = {}
+    for name, rows in chosen.items():
+        shape = read_table_shape(tables[name])
+        if shape is None or (rows and max(rows) >= shape[0]):
+            raise ValueError(
+                f"`trainable_token_indices` has {rows!r:.200} for {name}, which has "
+                + ("no rows." if shape is None else f"the rows 0 to {shape[0] - 1}.")
+            )
+        shapes[name] = (len(rows), shape[1])
+    if not shapes:
+        raise ValueError(f"`trainable_token_indices` {indices!r:.200} matches no table of embeddings of the model.")
+    return shapes
+
+
+def _unwrap(module: Any) -> Any:
+    return module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module

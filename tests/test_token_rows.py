@@ -1,0 +1,77 @@
+"""`trainable_token_indices`: rows of embeddings that are trained and saved beside a prefix."""
+
+import pytest
+import torch
+from helpers import Snapshot, add_prefix, draw_tokens
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from tiny_models import build_model
+
+ROWS = [11, 23]
+forms = pytest.mark.parametrize("indices", [ROWS, {"embed_tokens": ROWS}], ids=["list", "dict"])
+tied = pytest.mark.parametrize("is_tied", [False, True], ids=["untied", "tied"])
+
+
+def build_trained(indices: object, is_tied: bool) -> PeftModel:
+    model = add_prefix(build_model("llama", tie_word_embeddings=is_tied), trainable_token_indices=indices).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    ids = torch.tensor([[11, 5, 23, 7, 11]])
+    model(ids, labels=ids).loss.backward()
+    optimizer.step()
+    return model.eval()
+
+
+@forms
+@tied
+def test_only_the_rows_and_the_prefix_are_trained(indices, is_tied):
+    base = build_model("llama", tie_word_embeddings=is_tied)
+    model = build_trained(indices, is_tied)
+    table = model.base_model.model.model.embed_tokens
+    others = torch.tensor([i for i in range(96) if i not in ROWS])
+    expected = base.model.embed_tokens(others)
+    assert torch.equal(table(others), expected)
+    assert not torch.equal(table(torch.tensor(ROWS)), base.model.embed_tokens(torch.tensor(ROWS)))
+    ids = draw_tokens()
+    with model.disable_adapter():
+        assert torch.equal(model(ids).logits, base(ids).logits)
+
+
+@forms
+@tied
+def test_saved_and_loaded_equals_before(indices, is_tied, tmp_path):
+    model = build_trained(indices, is_tied)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(build_model("llama", tie_word_embeddings=is_tied), tmp_path)
+    ids = torch.tensor([[11, 5, 23, 7, 11]])
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert loaded.unload().model.embed_tokens.weight.shape == (96, 32)
+
+
+@pytest.mark.parametrize("indices", [[5, 96], {"embed_tokens": [10**9]}, {"absent": [1]}, {"mlp": [1]}], ids=str)
+def test_rows_that_are_not_there_are_refused(indices):
+    base = build_model("llama")
+    snapshot = Snapshot(base)
+    with pytest.raises(ValueError, match="trainable_token_indices"):
+        add_prefix(base, trainable_token_indices=indices)
+    snapshot.assert_unchanged(base)
+
+
+@pytest.mark.parametrize("indices", [[-1], ["a"], 5, {"embed_tokens": 5}, [True]], ids=str)
+def test_what_is_no_list_of_tokens_is_refused(indices):
+    with pytest.raises(ValueError, match="must be a list of token ids"):
+        add_prefix(build_model("llama"), trainable_token_indices=indices)
+
+
+@pytest.mark.parametrize("damage", ["shape", "missing"])
+def test_rows_that_do_not_fit_leave_the_model_as_it_was(damage, tmp_path):
+    build_trained(ROWS, False).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if "trainable_tokens" in name)
+    rows = tensors.pop(name)
+    save_file(tensors if damage == "missing" else tensors | {name: rows[:1].clone()}, path)
+    base = build_model("llama")
+    snapshot = Snapshot(base)
+    with pytest.raises(ValueError, match="trainable_tokens_delta"):
+        PeftModel.from_pretrained(base, tmp_path)
+    snapshot.assert_unchanged(base)
