@@ -187,7 +187,7 @@ class PrefixPlusConfig(PeftConfig):
         _check_integer("projection_dim", self.projection_dim, minimum=1, maximum=MAX_SIZE)
         _check_integer("num_frozen_tokens", self.num_frozen_tokens, minimum=0)
         _check_integer("prefix_init_seed", self.prefix_init_seed, minimum=0, maximum=2**63 - 1)
-        for name in ("prefix_is_initialized", "inference_mode"):
+        for name in ("prefix_is_initialized", "inference_mode", "ensure_weight_tying"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"`{name}` must be true or false, got {_show(getattr(self, name))}.")
         probability = self.prefix_dropout

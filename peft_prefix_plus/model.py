@@ -78,7 +78,7 @@ class PrefixPlusModel(BaseTuner):
             # Models of transformers keep their own list of adapters, and PEFT enters a refused one as well.
             if has_configs:
                 model.peft_config.pop(adapter_name, None)  # type: ignore[union-attr, operator]
-            elif hasattr(model, "_hf_peft_config_loaded"):
+            elif vars(model).get("_hf_peft_config_loaded"):
                 model._hf_peft_config_loaded = False  # type: ignore[assignment]
             raise
 

@@ -23,6 +23,7 @@ if __name__ == "__main__":
 import torch
 
 from behaviours import BEHAVIOURS, METHODS
+from behaviours.hub_client import start_client
 from behaviours.subjects import warm_up
 
 RESULTS = Path(__file__).with_name("comparison.json")
@@ -150,6 +151,8 @@ def main() -> None:
     pairs = [(name, method) for name in names for method in arguments.methods]
     outcomes: dict[str, dict[str, str]] = {name: {} for name in names}
     warm_up()
+    # Once, and not in every fork.
+    start_client()
     with tempfile.TemporaryDirectory() as root:
         for done, (run, outcome) in enumerate(iterate_outcomes(pairs, arguments.workers, Path(root)), start=1):
             outcomes[run.name][run.method] = outcome
