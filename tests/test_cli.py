@@ -48,6 +48,14 @@ def load_weights(directory: Path, tiny_model_dir: str) -> dict[str, torch.Tensor
     return {key: value for key, value in model.state_dict().items() if ".prefix_plus_" in key}
 
 
+def test_a_token_that_would_be_written_to_a_file_is_refused(tiny_model_dir, data, tmp_path, capsys):
+    words = ["--model_name_or_path", tiny_model_dir, "--train_file", data, "--output_dir", str(tmp_path / "run")]
+    assert main(["train", *words, "--hub_token", "hf_secret"]) == 1
+    output = capsys.readouterr()
+    assert "HF_TOKEN" in output.err and "hf_secret" not in output.err + output.out
+    assert not (tmp_path / "run").exists()
+
+
 def test_train_evaluate_generate_fold(train, data, tiny_model_dir, tmp_path, capsys):
     directory = train("--prefix_init_text", "Add the numbers:", "--eval_file", data, "--learning_rate", "0.05")
     config = json.loads((directory / "adapter_config.json").read_text())

@@ -278,3 +278,26 @@ def test_the_prefix_of_a_text_starts_sft_at_the_loss_of_the_prompted_model(tmp_p
         total += float(torch.nn.functional.cross_entropy(logits[:-1], labels[1:], reduction="sum"))
         count += int((labels[1:] != -100).sum())
     assert losses_of(trainer)[0] == pytest.approx(total / count, abs=1e-4)
+
+
+# Tokens that a chat template brings along
+
+
+def test_sft_trains_the_embeddings_of_the_new_tokens_of_a_chat_template(tmp_path):
+    tokenizer = build_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn|>", "<|end|>"]})
+    tokenizer.chat_template = "{% for m in messages %}<|turn|>{{ m['content'] }}<|end|>{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "template")
+    base = build_causal_lm()
+    settings = {"chat_template_path": str(tmp_path / "template"), "peft_config": build_prefix()}
+    trainer = build_trainer("sft", base, CHATS, tmp_path / "sft", **settings)
+    trainer.train()
+    trainer.model.save_pretrained(tmp_path / "adapter")
+    fresh = build_causal_lm()
+    fresh.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
+    loaded = PeftModel.from_pretrained(fresh, tmp_path / "adapter")
+    ids = torch.tensor([[259, 70, 71, 260]])
+    assert any(name.endswith("trainable_tokens_delta.default") for name in loaded.state_dict())
+    # The rows of the head are not tied to them, and are drawn anew.
+    given, expected = (model.eval()(ids).logits[..., :259] for model in (loaded, trainer.model))
+    assert_close(given, expected, atol=1e-5, rtol=1e-5)

@@ -78,6 +78,11 @@ def run(words: Sequence[str]) -> None:
         raise ValueError("Name the data to train on with --train_file.")
     if training_arguments.output_dir is None:
         raise ValueError("Name a directory for the adapter with --output_dir.")
+    if training_arguments.hub_token is not None:
+        raise ValueError(
+            "--hub_token is not taken: the Trainer would write the token to training_args.bin, and upload that. Log "
+            "in with `hf auth login`, or set the environment variable HF_TOKEN."
+        )
     check_processes(training_arguments)
     set_seed(training_arguments.seed)
     config = build_config(prefix_arguments, task_type="CAUSAL_LM")

@@ -1,0 +1,137 @@
+"""Attention to the tokens and to the prefix by parts equals attention to both at once."""
+
+import pytest
+import torch
+from helpers import add_prefix, draw_tokens, perturb
+from tiny_models import build_model
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from torch.testing import assert_close
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from peft_prefix_plus import PrefixPlusLayer
+from peft_prefix_plus.attention.merging import attend_by_parts, can_merge
+from peft_prefix_plus.attention.prepending import extend_mask, match_prefix, prepend_prefix
+from peft_prefix_plus.states import PrefixStates
+
+BATCH, HEADS, KV_HEADS, TOKENS, DIM = 3, 6, 2, 11, 8
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, dtype=dtype)
+
+
+def build_mask(kind: str, queries: int) -> Tensor | None:
+    visible = torch.rand(BATCH, 1, queries, TOKENS) > 0.4
+    visible[..., -1] = True
+    if kind == "none":
+        return None
+    if kind == "padding":
+        return visible
+    additive = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
+    return additive if kind == "additive" else additive + draw(1, HEADS, queries, TOKENS)
+
+
+def build_prefix(kind: str, dtype: torch.dtype) -> PrefixStates:
+    rows = 1 if kind == "shared" else BATCH
+    keys, values = (draw(rows, KV_HEADS, 5, DIM, dtype=dtype) for _ in range(2))
+    mask = torch.tensor([[True] * 5, [False] * 2 + [True] * 3, [False] * 5]) if kind == "masked" else None
+    return PrefixStates(keys, values, mask)
+
+
+def attend_at_once(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, prefix: PrefixStates) -> Tensor:
+    mask = extend_mask(mask, prefix, TOKENS, query.dtype)
+    key, value = (states.repeat_interleave(HEADS // KV_HEADS, 1) for states in prepend_prefix(key, value, prefix))
+    return scaled_dot_product_attention(query, key, value, mask, scale=0.4).transpose(1, 2)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("prefix_kind", ["shared", "rows", "masked"])
+@pytest.mark.parametrize("mask_kind", ["none", "padding", "additive", "heads"])
+@pytest.mark.parametrize("queries", [1, 4])
+def test_both_parts_equal_attention_at_once(queries, mask_kind, prefix_kind, dtype):
+    query, mask = draw(BATCH, HEADS, queries, DIM, dtype=dtype), build_mask(mask_kind, queries)
+    mask = mask if mask is None or mask.dtype == torch.bool else mask.clamp(min=torch.finfo(dtype).min).to(dtype)
+    key, value = (draw(BATCH, KV_HEADS, TOKENS, DIM, dtype=dtype) for _ in range(2))
+    prefix = match_prefix(build_prefix(prefix_kind, dtype), key, value)
+    expected = attend_at_once(query, key, value, mask, prefix)
+    given = attend_by_parts(query, key, value, mask, prefix, is_causal=False, scaling=0.4)
+    assert given.is_contiguous() and given.dtype == dtype
+    assert_close(given, expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+def test_the_causal_flag_counts_for_the_tokens_only():
+    query, key, value = draw(BATCH, HEADS, TOKENS, DIM), *(draw(BATCH, KV_HEADS, TOKENS, DIM) for _ in range(2))
+    prefix = match_prefix(build_prefix("shared", torch.float32), key, value)
+    causal = torch.ones(1, 1, TOKENS, TOKENS, dtype=torch.bool).tril()
+    expected = attend_at_once(query, key, value, causal, prefix)
+    assert_close(attend_by_parts(query, key, value, None, prefix, True, 0.4), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_hidden_prefix_changes_nothing_bit_for_bit():
+    query, key, value = draw(BATCH, HEADS, 1, DIM), *(draw(BATCH, KV_HEADS, TOKENS, DIM) for _ in range(2))
+    prefix = match_prefix(build_prefix("masked", torch.float32), key, value)
+    hidden = prefix._replace(mask=torch.zeros(BATCH, 5, dtype=torch.bool))
+    other = hidden._replace(keys=draw(*prefix.keys.shape), values=draw(*prefix.values.shape))
+    first, second = (attend_by_parts(query, key, value, None, states, False, 0.4) for states in (hidden, other))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("change", "kwargs"),
+    [
+        ({"key": draw(1, 2, 1, 8), "value": draw(1, 2, 1, 8)}, {}),
+        ({"value": draw(1, 2, 9, 4)}, {}),
+        ({"key": draw(1, 2, 9, 8).requires_grad_()}, {}),
+        ({"attend": lambda *args, **kwargs: None}, {}),
+        ({}, {"dropout": 0.1}),
+        ({}, {"position_bias": draw(1, 1, 1, 9)}),
+        ({}, {"cache": object()}),
+        ({"prefix": PrefixStates(draw(1, 2, 3, 8), draw(1, 2, 3, 8).requires_grad_())}, {}),
+        ({"prefix": PrefixStates(draw(1, 2, 3, 8), draw(1, 2, 3, 8), bias=draw(1, 2, 1, 3))}, {}),
+    ],
+)
+def test_what_is_unusual_is_attended_to_at_once(change, kwargs):
+    prefix = PrefixStates(draw(1, 2, 3, 8), draw(1, 2, 3, 8))
+    usual = {"attend": sdpa_attention_forward, "query": draw(1, 4, 1, 8), "key": draw(1, 2, 9, 8)}
+    usual |= {"value": draw(1, 2, 9, 8), "prefix": prefix}
+    assert can_merge(**usual, kwargs={"scaling": 0.3, "dropout": 0.0, "sliding_window": None})
+    assert not can_merge(**(usual | change), kwargs=kwargs)
+
+
+def count_computations(model: torch.nn.Module, run) -> set[int]:
+    """How often each layer computes its prefix."""
+    counts: dict[str, int] = {}
+    handles = []
+    for name, layer in model.named_modules():
+        if isinstance(layer, PrefixPlusLayer):
+            counts[name] = 0
+
+            def count(*_, name=name) -> None:
+                counts[name] += 1
+
+            handles.append(layer.get_encoder("default").register_forward_hook(count))
+    run()
+    for handle in handles:
+        handle.remove()
+    return set(counts.values())
+
+
+def test_generation_computes_the_prefix_once_and_the_next_one_again():
+    model, ids = add_prefix(build_model("llama")), draw_tokens()
+    settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "output_logits": True}
+    settings |= {"return_dict_in_generate": True, "input_ids": ids}
+    assert count_computations(model, lambda: model.generate(**settings)) == {1}
+    before = model.generate(**settings).logits[0]
+    perturb(model)
+    after = model.generate(**settings).logits[0]
+    assert not torch.allclose(before, after, atol=1e-2)
+    assert_close(after, model(ids).logits[:, -1], atol=1e-5, rtol=1e-5)
+
+
+def test_what_trains_is_computed_in_every_forward():
+    model, ids = add_prefix(build_model("llama"), prefix_dropout=0.5).train(), draw_tokens()
+    assert count_computations(model, lambda: [model(ids) for _ in range(3)]) == {3}
+    settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "input_ids": ids}
+    assert count_computations(model, lambda: model.generate(**settings)) == {4}
