@@ -18,6 +18,9 @@ row is the same for every method, and the methods have their default settings. A
 was never meant to do this; its reason, the first line of the error, is below the table.
 
 {counts}
+
+The rows were chosen by the makers of PrefixPlus. Those about offloading (`cpu_offload`, `disk_offload`) were written while it
+was made to work there; the common way, a `device_map`, is row 3 of its table, and works with LoRA as well.
 """
 
 
