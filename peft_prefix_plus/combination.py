@@ -12,7 +12,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from .config import PrefixPlusConfig
-from .encoders import DirectPrefix, PrefixEncoder, PrefixSlot
+from .encoders import DirectPrefix, PrefixEncoder
 from .injection import name_targets, plan_injection
 from .layer import PrefixPlusLayer
 from .positions import list_shifts
@@ -93,6 +93,9 @@ def _check_arguments(
     for name in adapters:
         if name not in tuner.peft_config:
             raise ValueError(f"There is no adapter {name!r}; the model has {', '.join(tuner.peft_config)}.")
+    with_rows = [name for name in adapters if tuner.peft_config[name].trainable_token_indices]
+    if with_rows:
+        raise ValueError(f"{', '.join(with_rows)} trained rows of embeddings, which cannot be combined.")
     if weights is not None and len(weights) != len(adapters):
         raise ValueError(f"There are {len(adapters)} adapters, but {len(weights)} weights.")
     if combination_type == "cat" and any(weight != 1 for weight in weights or ()):
@@ -108,7 +111,7 @@ def _read_source(tuner: BaseTuner, adapter_name: str) -> _Source:
         if isinstance(layer, PrefixPlusLayer) and adapter_name in layer.list_adapters():
             encoder = layer.get_encoder(adapter_name)
             encoder.check_initialized()
-            encoders[name] = encoder.extract() if isinstance(encoder, PrefixSlot) else encoder
+            encoders[name] = encoder.extract()
     config: Any = tuner.peft_config[adapter_name]
     return _Source(adapter_name, config, encoders)
 

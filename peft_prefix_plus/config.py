@@ -1,5 +1,6 @@
 """The configuration of a PrefixPlus adapter."""
 
+import copy
 import dataclasses
 import json
 import os
@@ -156,6 +157,7 @@ class PrefixPlusConfig(PeftConfig):
         self._resolved_target_modules: list[str] | str | None = None
         # Where this configuration was read, until the weights there have been compared with it.
         self.source: AdapterSource | None = None
+        self._injected: dict[str, Any] | None = None
         self.peft_type = PREFIX_PLUS
         for name in ("target_modules", "exclude_modules", "modules_to_save"):
             if isinstance(getattr(self, name), set) and all(isinstance(item, str) for item in getattr(self, name)):
@@ -291,8 +293,6 @@ class PrefixPlusConfig(PeftConfig):
                 raise ValueError(f"`prefix_init={implied!r}` needs `{name}`.")
         if self.prefix_init_text is not None and not isinstance(self.prefix_init_text, str):
             raise ValueError(f"`prefix_init_text` must be a string, got {self.prefix_init_text!r}.")
-        if self.tokenizer_kwargs is not None and not isinstance(self.tokenizer_kwargs, dict):
-            raise ValueError(f"`tokenizer_kwargs` must be a dict of keyword arguments, got {self.tokenizer_kwargs!r}.")
         if self.prefix_init_token_ids is not None:
             ids = self.prefix_init_token_ids
             if not isinstance(ids, list) or not ids:
@@ -330,6 +330,21 @@ class PrefixPlusConfig(PeftConfig):
         """
         self.num_virtual_tokens = resolved.num_virtual_tokens
         self._resolved_target_modules = resolved.target_modules
+        self.remember_injected()
+
+    def remember_injected(self) -> None:
+        """Note what the fields are while an adapter has this configuration."""
+        self._injected = self._read_own_fields()
+
+    @property
+    def is_as_injected(self) -> bool:
+        """Whether no field of the method was changed since an adapter got this configuration."""
+        return self._injected == self._read_own_fields()
+
+    def _read_own_fields(self) -> dict[str, Any]:
+        others = {field.name for field in dataclasses.fields(PeftConfig)} | {"prefix_is_initialized"}
+        own = [field.name for field in dataclasses.fields(self) if field.name not in others]
+        return {name: copy.deepcopy(getattr(self, name)) for name in own}
 
     def __repr__(self) -> str:
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

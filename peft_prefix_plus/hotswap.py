@@ -90,6 +90,7 @@ def prepare_model_for_compiled_hotswap(
     for name in names:
         configs[name] = copy(configs[name])
         configs[name].projection = "none"
+        configs[name].remember_injected()
         _keep_shifts_in_tensors(base, name)
 
 
@@ -136,9 +137,9 @@ def hotswap_adapter(
         base.get_submodule(name).modules_to_save[adapter_name].load_state_dict(weights)
     _set_shifts(base, adapter_name, swap)
     swap.config.inference_mode = configs[adapter_name].inference_mode
-    swap.config.remember_resolved(swap.plan.config)
     if is_slotted:
         swap.config.projection = "none"
+    swap.config.remember_resolved(swap.plan.config)
     configs[adapter_name] = swap.config
 
 
@@ -175,7 +176,7 @@ def _get_configs(model: nn.Module) -> dict[str, Any]:
 
 
 def _count_tokens(encoder: PrefixEncoder) -> int:
-    return encoder.extract().num_virtual_tokens if isinstance(encoder, PrefixSlot) else encoder.num_virtual_tokens
+    return encoder.extract().num_virtual_tokens
 
 
 def _plan_swap(
@@ -188,7 +189,11 @@ def _plan_swap(
             raise ValueError(
                 f"The {kind} is of type {found.peft_type.value}, not PREFIX_PLUS. For LoRA use `peft.utils.hotswap`."
             )
-    config.prefix_is_initialized = True
+    if old_config.trainable_token_indices or config.trainable_token_indices:
+        raise ValueError(
+            "An adapter with `trainable_token_indices` cannot be hot-swapped, as the rows of embeddings belong to it. "
+            "Use `load_adapter` and `set_adapter`."
+        )
     plan = plan_injection(config, base)
     layers = {
         name: module

@@ -124,6 +124,8 @@ def _copy_initial_states(
     TRL makes its reference so: it adds an adapter with the configuration of the one that is to be trained, which may
     come from a file or be folded, and copies the trained parameters, but not the frozen part.
     """
+    if not config.is_as_injected:
+        return {}
     twins = [name for name, other in vars(model).get("peft_config", {}).items() if other is config]
     states = {}
     for name in names:

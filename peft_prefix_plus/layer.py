@@ -1,7 +1,7 @@
 """The layers that PrefixPlus puts in place of a model's own modules."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -16,18 +16,29 @@ from .mixing import RowAdapters
 from .states import PrefixStates, concatenate_states, select_rows
 
 
+class _Call(NamedTuple):
+    """A call of the whole model that runs.
+
+    Attributes:
+        rows ([`RowAdapters`], *optional*): the adapter of each row, in a mixed batch.
+        states (`dict`): prefixes that were computed; while nothing trains, they stay the same.
+    """
+
+    rows: RowAdapters | None
+    states: dict[Any, PrefixStates]
+
+
 class PrefixPlusLayerBase(nn.Module, BaseTunerLayer):
     """What the layers share: they wrap one module, know their adapters, and can be taken out again."""
 
     base_layer: nn.Module
-    # Set while a mixed batch runs.
-    rows: RowAdapters | None = None
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
+        self._calls: list[_Call] = []
         self._register_state_dict_hook(_shorten_foreign_keys)  # type: ignore[no-untyped-call]
         self._register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]
             _lengthen_foreign_keys, with_module=True
@@ -70,17 +81,24 @@ class PrefixPlusLayerBase(nn.Module, BaseTunerLayer):
         wanted = self.active_adapters if self.rows is None else self.rows.adapters
         return [name for name in wanted if name in available]
 
+    @property
+    def rows(self) -> RowAdapters | None:
+        """The adapter of each row while a mixed batch runs."""
+        return self._calls[-1].rows if self._calls else None
+
     def begin_call(self, rows: RowAdapters | None) -> None:
         """Prepare for a call of the whole model: a forward, or `generate` with all of its forwards.
+
+        Calls may be nested: what `generate` calls back may run the model, too.
 
         Args:
             rows ([`RowAdapters`], *optional*): gives every row an adapter of its own.
         """
-        self.rows = rows
+        self._calls.append(_Call(rows, {}))
 
     def end_call(self) -> None:
-        """Forget what [`begin_call`] set."""
-        self.rows = None
+        """Return to what was before [`begin_call`]."""
+        self._calls.pop()
 
     def restore_base_layer(self) -> nn.Module:
         """Return the wrapped module as it was before the first adapter."""
@@ -151,8 +169,6 @@ class PrefixPlusLayer(PrefixPlusLayerBase):
             self._original_config = original_config(base_layer)
             self._routed_config = route_config(self._original_config)
         self._active_adapter: list[str] = []
-        # While a call of the whole model runs, and nothing trains, the prefix stays the same.
-        self._kept_states: dict[Any, PrefixStates] | None = None
 
     def update_layer(self, adapter_name: str, encoder: PrefixEncoder, dropout: PrefixDropout) -> None:
         """Add an adapter.
@@ -191,16 +207,15 @@ class PrefixPlusLayer(PrefixPlusLayerBase):
         self._update_route()
 
     def begin_call(self, rows: RowAdapters | None) -> None:
+        was_mixed = self.rows is not None
         super().begin_call(rows)
-        self._kept_states = {}
-        if rows is not None:
+        if was_mixed or rows is not None:
             self._update_route()
 
     def end_call(self) -> None:
         was_mixed = self.rows is not None
         super().end_call()
-        self._kept_states = None
-        if was_mixed:
+        if was_mixed or self.rows is not None:
             self._update_route()
 
     def restore_base_layer(self) -> nn.Module:
@@ -236,10 +251,10 @@ class PrefixPlusLayer(PrefixPlusLayerBase):
         if not adapter_names:
             return self.base_layer(*args, **kwargs)
         batch_size = read_batch_size(self.base_layer, args, kwargs)
-        kept = self._kept_states
-        if kept is None or self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if not self._calls or self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             states = self.get_prefix_states(adapter_names, batch_size)
         else:
+            kept = self._calls[-1].states
             key = (tuple(adapter_names), None if self.rows is None else batch_size)
             if key not in kept:
                 kept[key] = self.get_prefix_states(adapter_names, batch_size)

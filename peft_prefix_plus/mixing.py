@@ -9,6 +9,7 @@ import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from .architectures import MAIN_INPUTS, find_inputs
 from .states import RowSelection
 
 # What PEFT calls the base model among the names of adapters.
@@ -29,6 +30,22 @@ class RowAdapters:
         self.batch_size = len(names)
         self._selections: dict[Any, RowSelection] = {}
 
+    def check_inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Check that the inputs of a model, where they can be told, have as many rows as there are names.
+
+        Raises:
+            ValueError: if not.
+        """
+        inputs = find_inputs(args, kwargs, MAIN_INPUTS)
+        if inputs is not None and inputs.shape[0] != len(self.names):
+            raise ValueError(self._describe_misfit(inputs.shape[0]))
+
+    def _describe_misfit(self, batch_size: int) -> str:
+        return (
+            f"`adapter_names` has {len(self.names)} names, but the batch has {batch_size} rows. Give one name "
+            f"for each row, and {BASE!r} for a row without an adapter."
+        )
+
     def repeat(self, batch_size: int) -> list[str]:
         """Return the adapter of each of `batch_size` rows, where generation may have repeated every row in place.
 
@@ -37,10 +54,7 @@ class RowAdapters:
         """
         repeats, remainder = divmod(batch_size, len(self.names))
         if remainder or not repeats:
-            raise ValueError(
-                f"`adapter_names` has {len(self.names)} names, but the batch has {batch_size} rows. Give one name "
-                f"for each row, and {BASE!r} for a row without an adapter."
-            )
+            raise ValueError(self._describe_misfit(batch_size))
         return [name for name in self.names for _ in range(repeats)]
 
     def select(self, adapters: Sequence[str], batch_size: int, device: torch.device) -> RowSelection:
@@ -90,10 +104,8 @@ def _name_rows(rows: RowAdapters, module: Any, args: tuple[Any, ...], kwargs: di
 
 
 def _count_rows(rows: RowAdapters, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    inputs = next((kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None), None)
-    if inputs is None and args:
-        inputs = args[0]
-    if isinstance(inputs, Tensor):
+    inputs = find_inputs(args, kwargs)
+    if inputs is not None:
         rows.batch_size = inputs.shape[0]
 
 

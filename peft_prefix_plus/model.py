@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import re
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
 
+import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from peft.utils import _get_submodules
@@ -72,6 +74,8 @@ class PrefixPlusModel(BaseTuner):
             refuse_pickled_weights(config)
         check_loader(model, config.prefix_is_initialized)
         has_configs = hasattr(model, "peft_config")
+        # Of calls that run: their thread, and whether they are mixed batches.
+        self._calls: list[tuple[int, bool]] = []
         try:
             super().__init__(model, peft_config, adapter_name, *args, **kwargs)
         except Exception:
@@ -182,6 +186,7 @@ class PrefixPlusModel(BaseTuner):
                     module.fold(name)
             self.peft_config[name] = copy.copy(self.peft_config[name])
             self.peft_config[name].projection = "none"
+            self.peft_config[name].remember_injected()
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter, and the layers that are left without one.
@@ -228,15 +233,43 @@ class PrefixPlusModel(BaseTuner):
         if adapter_names is not None:
             check_adapter_names(adapter_names, self.peft_config, self.training)
             rows = RowAdapters(adapter_names)
+            rows.check_inputs(args, kwargs)
         layers = [module for module in self.model.modules() if isinstance(module, PrefixPlusLayerBase)]
-        try:
+        with self._enter_call(rows):
             for layer in layers:
                 layer.begin_call(rows)
-            with nullcontext() if rows is None else name_rows(self.model, find_shifted_stacks(self.model), rows):
-                yield
+            try:
+                with nullcontext() if rows is None else name_rows(self.model, find_shifted_stacks(self.model), rows):
+                    yield
+            finally:
+                for layer in layers:
+                    layer.end_call()
+
+    @contextmanager
+    def _enter_call(self, rows: RowAdapters | None) -> Iterator[None]:
+        """Keep mixed batches to one thread: the layers know one assignment of rows at a time."""
+        thread, is_mixed = 0 if torch.compiler.is_compiling() else threading.get_ident(), rows is not None
+        if any(other != thread and (is_mixed or was_mixed) for other, was_mixed in self._calls):
+            raise RuntimeError(
+                "Two threads run this model, one of them a batch with `adapter_names`. Let them wait for each other, "
+                "or give each thread a model of its own, which may share the weights."
+            )
+        call = (thread, is_mixed)
+        self._calls.append(call)
+        try:
+            yield
         finally:
-            for layer in layers:
-                layer.end_call()
+            self._calls.remove(call)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the base model; see its own forward."""
+        for layer in self.model.modules():
+            if isinstance(layer, PrefixPlusLayerBase):
+                if layer.rows is not None:
+                    # Rows are repeated by `generate` only, which does not come here.
+                    layer.rows.check_inputs(args, kwargs)
+                break
+        return super().forward(*args, **kwargs)
 
     def unmerge_adapter(self) -> None:
         """Refused, as merging is."""

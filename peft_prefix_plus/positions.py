@@ -11,6 +11,7 @@ from .architectures import (
     count_positions,
     counts_positions_itself,
     find_first_position,
+    find_inputs,
     find_numbered_stack,
     find_owner,
     find_position_tables,
@@ -112,9 +113,7 @@ class PositionAligner:
         self.has_coordinates = has_coordinates
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        inputs = next((kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None), None)
-        if inputs is None and args:
-            inputs = args[0]
+        inputs = find_inputs(args, kwargs)
         mask, position_ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
         is_numbered = position_ids is not None or not isinstance(mask, Tensor) or mask.dim() != 2
         if inputs is None or (is_numbered and not self.moves_input):

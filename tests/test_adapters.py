@@ -353,3 +353,17 @@ def test_a_refusal_changes_nothing(wrong):
         wrong(model)
     assert describe(model) == before
     assert torch.equal(run(model), logits)
+
+
+def test_a_configuration_that_is_changed_and_used_again_gives_what_it_says():
+    """The same object used again as it is makes a copy of the start, which TRL's reference needs."""
+    config = PrefixPlusConfig(task_type="CAUSAL_LM", prefix_init_token_ids=[11, 23, 5])
+    model = get_peft_model(build_model("llama"), config).eval()
+    config.prefix_init_token_ids = [60, 61, 62]
+    model.add_adapter("other", config)
+    model.set_adapter("other")
+    expected = get_peft_model(
+        build_model("llama"), PrefixPlusConfig(task_type="CAUSAL_LM", prefix_init_token_ids=[60, 61, 62])
+    )
+    ids = draw_tokens()
+    assert torch.equal(model(ids).logits, expected.eval()(ids).logits)

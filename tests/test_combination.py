@@ -340,3 +340,10 @@ def test_shifts_that_no_adapter_could_repeat_are_refused():
             if combination_type == "cat":
                 assert torch.equal(run(model, "new"), run(model, adapters))
             model.delete_adapter("new")
+
+
+def test_adapters_that_train_rows_of_embeddings_are_refused():
+    model = add_prefix(build_model("llama"), trainable_token_indices=[11, 23])
+    with pytest.raises(ValueError, match="trained rows of embeddings"):
+        model.add_weighted_adapter(["default"], [1.0], "copy")
+    assert list(model.peft_config) == ["default"]

@@ -488,3 +488,10 @@ def test_preparing_refuses_what_cannot_be_prepared(name, saved):
         with pytest.warns(UserWarning, match="compiled already"):
             prepare_model_for_compiled_hotswap(compiled, check_compiled="warn")
         prepare_model_for_compiled_hotswap(compiled, check_compiled="ignore", num_virtual_tokens=9)
+
+
+def test_adapters_that_train_rows_of_embeddings_are_refused(tmp_path):
+    add_prefix(build_model("llama")).save_pretrained(tmp_path)
+    model = add_prefix(build_model("llama"), trainable_token_indices=[11, 23])
+    with pytest.raises(ValueError, match="cannot be hot-swapped"):
+        hotswap_adapter(model, str(tmp_path), "default")

@@ -12,8 +12,8 @@ ROOT = Path(peft_prefix_plus.__file__).parent
 ORDER = [
     "peft_type",
     "states",
-    "mixing",
     "architectures",
+    "mixing",
     "encoders",
     "dropout",
     "attention",

@@ -15,7 +15,7 @@ from peft_prefix_plus.attention.prepending import extend_mask, match_prefix, pre
 from peft_prefix_plus.states import PrefixStates
 
 BATCH, HEADS, KV_HEADS, TOKENS, DIM = 3, 6, 2, 11, 8
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float64: 1e-10}
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -30,7 +30,13 @@ def build_mask(kind: str, queries: int) -> Tensor | None:
     if kind == "padding":
         return visible
     additive = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
-    return additive if kind == "additive" else additive + draw(1, HEADS, queries, TOKENS)
+    if kind == "heads":
+        return additive + draw(1, HEADS, queries, TOKENS)
+    if kind == "infinite":
+        # A row of padding, where nothing but the prefix is left.
+        additive = additive.masked_fill(~visible, -torch.inf)
+        additive[0] = -torch.inf
+    return additive
 
 
 def build_prefix(kind: str, dtype: torch.dtype) -> PrefixStates:
@@ -48,11 +54,12 @@ def attend_at_once(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | Non
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("prefix_kind", ["shared", "rows", "masked"])
-@pytest.mark.parametrize("mask_kind", ["none", "padding", "additive", "heads"])
+@pytest.mark.parametrize("mask_kind", ["none", "padding", "additive", "infinite", "heads"])
 @pytest.mark.parametrize("queries", [1, 4])
 def test_both_parts_equal_attention_at_once(queries, mask_kind, prefix_kind, dtype):
     query, mask = draw(BATCH, HEADS, queries, DIM, dtype=dtype), build_mask(mask_kind, queries)
-    mask = mask if mask is None or mask.dtype == torch.bool else mask.clamp(min=torch.finfo(dtype).min).to(dtype)
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(dtype) if mask_kind == "infinite" else mask.to(dtype).clamp(min=torch.finfo(dtype).min)
     key, value = (draw(BATCH, KV_HEADS, TOKENS, DIM, dtype=dtype) for _ in range(2))
     prefix = match_prefix(build_prefix(prefix_kind, dtype), key, value)
     expected = attend_at_once(query, key, value, mask, prefix)
@@ -89,6 +96,9 @@ def test_a_hidden_prefix_changes_nothing_bit_for_bit():
         ({}, {"position_bias": draw(1, 1, 1, 9)}),
         ({}, {"cache": object()}),
         ({"prefix": PrefixStates(draw(1, 2, 3, 8), draw(1, 2, 3, 8).requires_grad_())}, {}),
+        ({"key": draw(1, 2, 8, 9).transpose(-1, -2)}, {}),
+        ({"query": draw(1, 4, 1, 16)[..., ::2]}, {}),
+        ({"value": draw(1, 2, 9, 8, dtype=torch.bfloat16)}, {}),
         ({"prefix": PrefixStates(draw(1, 2, 3, 8), draw(1, 2, 3, 8), bias=draw(1, 2, 1, 3))}, {}),
     ],
 )

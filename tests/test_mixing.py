@@ -1,5 +1,7 @@
 """Mixed batches: every row equals the row on its own with its adapter."""
 
+import threading
+
 import pytest
 import torch
 from helpers import add_prefix, draw_tokens, pad_rows, perturb
@@ -116,6 +118,67 @@ def test_shorter_prefixes_end_right_before_the_text():
     assert mixed.mask.tolist() == [[False, False, True], [True] * 3, [False] * 3]
     assert torch.equal(mixed.keys[0, :, 2:], states[0].keys[0])
     assert torch.equal(mixed.values[1], states[1].values[0])
+
+
+def test_calls_inside_of_a_mixed_generation_leave_its_rows_alone():
+    model, ids = build_mixed("gpt2"), draw_tokens(2, 6)
+    rows = ["long", "__base__"]
+    settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "input_ids": ids}
+    expected = model.generate(adapter_names=rows, **settings)
+    plain = model(ids).logits
+    inner = []
+
+    def call_back(input_ids, scores):
+        inner.append(model(ids).logits)
+        model(ids[:1], adapter_names=["short"])
+        return scores
+
+    given = model.generate(adapter_names=rows, logits_processor=[call_back], **settings)
+    assert torch.equal(given, expected)
+    assert all(torch.equal(logits, plain) for logits in inner)
+
+
+def test_two_threads_cannot_disturb_a_mixed_batch():
+    model, ids = build_mixed("llama"), draw_tokens(2, 6)
+    refused = []
+
+    def call(**names) -> None:
+        try:
+            model(ids, **names)
+        except RuntimeError as error:
+            refused.append(str(error))
+
+    def call_back(input_ids, scores):
+        for names in ({}, {"adapter_names": ["short", "long"]}):
+            thread = threading.Thread(target=call, kwargs=names)
+            thread.start()
+            thread.join()
+        return scores
+
+    settings = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": 0, "logits_processor": [call_back]}
+    model.generate(input_ids=ids, adapter_names=["long", "__base__"], **settings)
+    assert len(refused) == 2 and all("Two threads" in message for message in refused)
+    refused.clear()
+    model.generate(input_ids=ids, **settings)
+    assert len(refused) == 1
+    call(adapter_names=["short", "long"])
+    assert len(refused) == 1
+
+
+@pytest.mark.parametrize("names", [["short"], ["short", "long"]])
+@pytest.mark.parametrize("call", ["forward", "generate", "bare"])
+def test_names_for_fewer_rows_are_not_spread_over_the_batch(call, names):
+    model, ids = build_mixed("llama"), draw_tokens(4, 6)
+    if call == "bare":
+        model, call = (
+            PeftModel(build_model("llama"), build_config(num_virtual_tokens=3), adapter_name="short"),
+            "forward",
+        )
+        names = ["short"] * len(names)
+        model.eval()
+    with pytest.raises(ValueError, match=f"{len(names)} names, but the batch has 4 rows"):
+        getattr(model, call)(input_ids=ids, adapter_names=names)
+    getattr(model, call)(input_ids=ids, adapter_names=["short"] * 4)
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,8 @@ was never meant to do this; its reason, the first line of the error, is below th
 
 {counts}
 
-The rows were chosen by the makers of PrefixPlus. Those about offloading (`cpu_offload`, `disk_offload`) were written while it
-was made to work there; the common way, a `device_map`, is row 3 of its table, and works with LoRA as well.
+The rows were chosen by the makers of PrefixPlus. Those about offloading (`cpu_offload`, `disk_offload`) were written
+while it was made to work there; the common way, a `device_map`, is row 3 of its table, and works with LoRA as well.
 """
 
 

@@ -21,9 +21,11 @@ from .geometry import (
     read_geometry,
 )
 from .inputs import (
+    MAIN_INPUTS,
     count_codebooks,
     count_token_embeddings,
     find_input_shapes,
+    find_inputs,
     find_token_embeddings,
     read_table_shape,
 )
@@ -57,6 +59,7 @@ from .stacks import (
 )
 
 __all__ = [
+    "MAIN_INPUTS",
     "POSITION_TABLE_NAMES",
     "AlibiSlopes",
     "AttentionGeometry",
@@ -76,6 +79,7 @@ __all__ = [
     "find_device",
     "find_first_position",
     "find_input_shapes",
+    "find_inputs",
     "find_missing_weights",
     "find_numbered_stack",
     "find_owner",

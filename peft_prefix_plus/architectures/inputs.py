@@ -1,9 +1,14 @@
 """Asks models what they read."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+TEXT_INPUTS = ("input_ids", "inputs_embeds")
+# What models call their main input; `generate` calls it `inputs` as well.
+MAIN_INPUTS = (*TEXT_INPUTS, "inputs", "pixel_values", "input_features", "input_values")
 
 
 def count_token_embeddings(model: PreTrainedModel) -> int:
@@ -36,6 +41,20 @@ def count_codebooks(model: PreTrainedModel) -> int:
     """How many token ids stand side by side at every position: one, but for models of sound."""
     embeddings = find_token_embeddings(model)
     return len(embeddings) if isinstance(embeddings, nn.ModuleList) else 1
+
+
+def find_inputs(args: Sequence[Any], kwargs: Mapping[str, Any], names: Sequence[str] = TEXT_INPUTS) -> Tensor | None:
+    """Find the input, one row for each sample, among the arguments of a model's forward or of `generate`.
+
+    Args:
+        args (`Sequence`), kwargs (`Mapping`): the arguments.
+        names (`Sequence[str]`): what it may be called; otherwise it is the first argument.
+
+    Returns:
+        `torch.Tensor`, *optional*: `None` if there is none.
+    """
+    named = (kwargs[name] for name in names if isinstance(kwargs.get(name), Tensor))
+    return next(named, next((item for item in args[:1] if isinstance(item, Tensor)), None))
 
 
 def find_input_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:

@@ -40,6 +40,9 @@ def can_merge(
         and query.device.type == "cpu"
         and key.shape[-1] == value.shape[-1]
         and prefix.bias is None
+        # What sdpa sees to before it calls the kernel.
+        and len({item.dtype for item in inputs}) == 1
+        and all(item.stride(-1) == 1 for item in inputs)
         and not torch.compiler.is_compiling()
         and not (torch.is_grad_enabled() and any(item.requires_grad for item in inputs))
         and not kwargs.get("dropout")
@@ -85,7 +88,7 @@ def attend_by_parts(
     output, weight = output.reshape(grouped.shape), weight.reshape(grouped.shape[:-1])
     prefix_output, prefix_weight = _attend_to_prefix(grouped, prefix, scaling)
     share = torch.sigmoid(weight - prefix_weight)[..., None]
-    merged = torch.lerp(prefix_output.float(), output.float(), share).to(query.dtype)
+    merged = torch.lerp(prefix_output.to(share.dtype), output.to(share.dtype), share).to(query.dtype)
     return merged.reshape(batch, heads, queries, dim).transpose(1, 2).contiguous()
 
 
@@ -106,8 +109,11 @@ def _attend(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scaling: float | None
 ) -> tuple[Tensor, Tensor]:
     """Output `[batch, heads, queries, dim]`, and the log-sum-exp of the scores `[batch, heads, queries]`."""
+    # The smallest number instead of minus infinity: where all is hidden, the other part takes everything.
+    smallest = torch.finfo(query.dtype).min
     if mask is not None and mask.dtype == torch.bool:
-        # The smallest number instead of minus infinity: where all is hidden, the other part takes everything.
-        mask = torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(~mask, torch.finfo(query.dtype).min)
+        mask = torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(~mask, smallest)
+    elif mask is not None:
+        mask = mask.to(query.dtype).clamp(min=smallest)
     output, weight = _attend_on_cpu(query, key, value, 0.0, is_causal, attn_mask=mask, scale=scaling)
     return output, weight

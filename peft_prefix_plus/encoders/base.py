@@ -73,6 +73,10 @@ class PrefixEncoder(nn.Module):
             )
         self._was_initialized = True
 
+    def extract(self) -> "PrefixEncoder":
+        """Return an encoder of the same keys and values that has none but visible tokens: most have no others."""
+        return self
+
     def compute_delta(self) -> tuple[Tensor, Tensor]:
         """Return the trained differences `[kv_heads, num_trained_tokens, key_dim]` and `[..., value_dim]`."""
         raise NotImplementedError

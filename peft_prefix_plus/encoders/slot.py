@@ -40,7 +40,7 @@ class PrefixSlot(PrefixEncoder):
         Args:
             encoder ([`PrefixEncoder`]): initialized, of the same geometry, and no longer than the slot.
         """
-        source = encoder.extract() if isinstance(encoder, PrefixSlot) else encoder
+        source = encoder.extract()
         states = source()
         num_hidden = self.num_virtual_tokens - source.num_virtual_tokens
         for buffer, given in ((self.anchor_keys, states.keys[0]), (self.anchor_values, states.values[0])):
