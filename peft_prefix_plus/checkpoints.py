@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from peft.utils import ModulesToSaveWrapper, _get_submodules
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -13,7 +14,7 @@ from .config import PrefixPlusConfig
 from .encoders import build_encoder
 from .injection import InjectionPlan
 from .layer import PrefixPlusLayer, PrefixPlusLayerBase
-from .positions import stop_aligning_positions
+from .removal import unwrap_layers
 from .token_rows import find_token_rows
 from .weights import (
     FLOATING_DTYPES,
@@ -214,19 +215,16 @@ def discard_uninitialized_adapter(model: PreTrainedModel, adapter_name: str) -> 
     if any(encoder.initialized for encoder in encoders):
         return
     for name, module in list(model.named_modules()):
-        bare: nn.Module | None = None
         if isinstance(module, PrefixPlusLayerBase) and adapter_name in module.list_adapters():
             module.delete_adapter(adapter_name)
-            bare = None if module.list_adapters() else module.restore_base_layer()
-        elif isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
+        elif isinstance(module, AuxiliaryTrainingWrapper) and adapter_name in module._get_available_adapters():
             module.delete_adapter(adapter_name, new_active_adapters=None)
-            bare = None if len(module.modules_to_save) else module.original_module
-        if bare is not None:
-            parent, _, child_name = _get_submodules(model, name)
-            setattr(parent, child_name, bare)
+            if not module._get_available_adapters():
+                parent, _, child_name = _get_submodules(model, name)
+                setattr(parent, child_name, module.original_module)
+    unwrap_layers(model, only_empty=True)
     model.peft_config.pop(adapter_name, None)
     if not model.peft_config:
-        stop_aligning_positions(model)
         for module in model.modules():
             if isinstance(module, PreTrainedModel):
                 vars(module).pop("peft_config", None)

@@ -99,7 +99,8 @@ def check_adapter_names(adapter_names: Any, available: Mapping[str, object], is_
 def _name_rows(rows: RowAdapters, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Tell a module that is trained and saved beside the adapters, such as a head, whose row is whose."""
     states: Tensor = args[0] if args else next(item for item in kwargs.values() if isinstance(item, Tensor))
-    names = [name if name in module._adapters else BASE for name in rows.repeat(len(states))]
+    available = module._get_available_adapters()
+    names = [name if name in available else BASE for name in rows.repeat(len(states))]
     return args, {**kwargs, "adapter_names": names}
 
 
