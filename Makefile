@@ -9,7 +9,7 @@ EXPERIMENT ?= benchmarks/experiments/e2e.json
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-oldest matrix modes behaviours style quality docs bench-quality check-data
+.PHONY: help demo test test-oldest matrix modes bench-performance behaviours style quality docs bench-quality check-data
 
 help:
 	@echo "make demo           train, evaluate and report on a small data set (MODEL=$(MODEL) OUTPUT=$(OUTPUT))"
@@ -21,6 +21,7 @@ help:
 	@echo "make style          format the code and fix what ruff can fix"
 	@echo "make quality        check style and types"
 	@echo "make docs           build the documentation into build/docs"
+	@echo "make bench-performance  measure speed and memory, write docs/performance.md (15 minutes)"
 	@echo "make bench-quality  run an experiment (DATA=directory of the data sets, EXPERIMENT=$(EXPERIMENT))"
 
 demo: $(VENV)/.installed-demo
@@ -59,6 +60,10 @@ docs: $(VENV)/.installed-docs
 
 bench-quality: check-data $(VENV)/.installed-demo
 	$(BIN)/python benchmarks/run.py $(EXPERIMENT) --data $(DATA)
+
+bench-performance: $(VENV)/.installed-demo
+	$(BIN)/python benchmarks/performance/measure.py --setting short --output benchmarks/performance/short.json
+	$(BIN)/python benchmarks/performance/performance_page.py
 
 check-data:
 	@test -n "$(DATA)" || { echo "Name the directory of the data sets: make bench-quality DATA=directory" >&2; exit 2; }
