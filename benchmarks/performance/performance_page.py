@@ -60,8 +60,8 @@ def write_dtype(dtype: str, results: dict[str, Any]) -> list[str]:
         "",
         *write_table(rows),
         "",
-        f"To generate {mixed['new']} tokens for eight rows with eight adapters, a pass for each row takes {gain} times "
-        "as long as a mixed batch.",
+        f"To generate {mixed['new']} tokens for eight rows with eight adapters, a pass for each row takes {gain} "
+        "times as long as a mixed batch.",
         "",
     ]
 
