@@ -18,6 +18,7 @@ from .removal import unwrap_layers
 from .token_rows import find_token_rows
 from .weights import (
     FLOATING_DTYPES,
+    PEFT_PREFIX,
     TensorInfo,
     describe_tensors,
     find_local_weights,
@@ -26,8 +27,6 @@ from .weights import (
     read_tensor_infos,
 )
 
-# In front of the names in the file of a `PeftModel`.
-PEFT_PREFIX = "base_model.model."
 # The rows of an embedding in the file of an adapter with `trainable_token_indices`.
 TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .config import PrefixPlusConfig
 from .encoders import DirectPrefix, PrefixEncoder
-from .injection import name_targets, plan_injection
+from .injection import check_adapter_name, name_targets, plan_injection
 from .layer import PrefixPlusLayer
 from .positions import list_shifts
 from .states import PrefixStates, concatenate_states
@@ -62,15 +62,6 @@ def add_weighted_adapter(
         layer: Any = tuner.model.get_submodule(name)
         layer.get_encoder(adapter_name).load_state_dict(encoder.state_dict())
     _copy_other_modules(tuner.model, adapters, adapter_name)
-
-
-def check_adapter_name(adapter_name: str) -> None:
-    """Raise a `ValueError` if torch would refuse a name, which becomes that of a module inside of every layer."""
-    if not adapter_name or "." in adapter_name or hasattr(nn.ModuleDict, adapter_name) or adapter_name == "training":
-        raise ValueError(
-            f"{adapter_name!r} cannot name an adapter: names must not be empty, contain a dot, or be those of "
-            "attributes of a torch module, such as `keys` or `half`."
-        )
 
 
 def _check_arguments(

@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 
 from .architectures import find_position_tables
-from .checkpoints import PEFT_PREFIX, check_saved_weights
+from .checkpoints import check_saved_weights
 from .config import PrefixPlusConfig
 from .encoders import PrefixEncoder, PrefixSlot, build_encoder
 from .folding import group_weights
 from .injection import InjectionPlan, plan_injection
 from .layer import PrefixPlusLayer
 from .positions import ShiftedPositionEmbedding, list_shifts
+from .weights import PEFT_PREFIX
 
 
 class _Swap(NamedTuple):

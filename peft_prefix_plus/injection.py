@@ -141,6 +141,15 @@ def _copy_initial_states(
     return states
 
 
+def check_adapter_name(adapter_name: str) -> None:
+    """Raise a `ValueError` if torch would refuse a name, which becomes that of a module inside of every layer."""
+    if not adapter_name or "." in adapter_name or hasattr(nn.ModuleDict, adapter_name) or adapter_name == "training":
+        raise ValueError(
+            f"{adapter_name!r} cannot name an adapter: names must not be empty, contain a dot, or be those of "
+            "attributes of a torch module, such as `keys` or `half`."
+        )
+
+
 def check_task_type(config: PrefixPlusConfig, model: PreTrainedModel) -> None:
     """Refuse a task that PEFT's class for it could not wrap the model for; PEFT finds out after the injection.
 

@@ -25,11 +25,11 @@ from .checkpoints import (
     match_dtypes,
     refuse_pickled_weights,
 )
-from .combination import add_weighted_adapter, check_adapter_name
+from .combination import add_weighted_adapter
 from .config import PrefixPlusConfig
 from .dropout import PrefixDropout
 from .encoders import build_encoder
-from .injection import InjectionPlan, check_task_type, plan_injection
+from .injection import InjectionPlan, check_adapter_name, check_task_type, plan_injection
 from .layer import PrefixPlusLayer, PrefixPlusLayerBase
 from .mixing import RowAdapters, check_adapter_names, name_rows
 from .offloading import check_loader, follow_offloading
@@ -74,8 +74,8 @@ class PrefixPlusModel(BaseTuner):
             refuse_pickled_weights(config)
         check_loader(model, config.prefix_is_initialized)
         has_configs = hasattr(model, "peft_config")
-        # Of calls that run: their thread, and whether they are mixed batches.
-        self._calls: list[tuple[int, bool]] = []
+        # Of calls that run: their thread, and the adapters of their rows.
+        self._calls: list[tuple[int, RowAdapters | None]] = []
         try:
             super().__init__(model, peft_config, adapter_name, *args, **kwargs)
         except Exception:
@@ -248,13 +248,13 @@ class PrefixPlusModel(BaseTuner):
     @contextmanager
     def _enter_call(self, rows: RowAdapters | None) -> Iterator[None]:
         """Keep mixed batches to one thread: the layers know one assignment of rows at a time."""
-        thread, is_mixed = 0 if torch.compiler.is_compiling() else threading.get_ident(), rows is not None
-        if any(other != thread and (is_mixed or was_mixed) for other, was_mixed in self._calls):
+        thread = 0 if torch.compiler.is_compiling() else threading.get_ident()
+        if any(other != thread and (rows or other_rows) for other, other_rows in self._calls):
             raise RuntimeError(
                 "Two threads run this model, one of them a batch with `adapter_names`. Let them wait for each other, "
                 "or give each thread a model of its own, which may share the weights."
             )
-        call = (thread, is_mixed)
+        call = (thread, rows)
         self._calls.append(call)
         try:
             yield
@@ -263,12 +263,10 @@ class PrefixPlusModel(BaseTuner):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the base model; see its own forward."""
-        for layer in self.model.modules():
-            if isinstance(layer, PrefixPlusLayerBase):
-                if layer.rows is not None:
-                    # Rows are repeated by `generate` only, which does not come here.
-                    layer.rows.check_inputs(args, kwargs)
-                break
+        rows = self._calls[-1][1] if self._calls else None
+        if rows is not None:
+            # Rows are repeated by `generate` only, which does not come here.
+            rows.check_inputs(args, kwargs)
         return super().forward(*args, **kwargs)
 
     def unmerge_adapter(self) -> None:

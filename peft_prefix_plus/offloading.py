@@ -13,9 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .architectures import is_on_disk, runs_offloaded
-
-# In front of the names of the base model's weights in a `PeftModel`.
-BASE_PREFIX = "base_model.model."
+from .weights import PEFT_PREFIX
 
 # What accelerate knows about weights on the disk: by name, the file, the name in it, and the dtype.
 OffloadIndex = dict[str, dict[str, str]]
@@ -66,7 +64,7 @@ def follow_offloading(model: nn.Module) -> None:
 
 def _rename(offload_index: OffloadIndex, names: list[str]) -> None:
     """Give the weights of the base model the names that they have by now, in place."""
-    current = {name.removeprefix(BASE_PREFIX).replace(".base_layer.", "."): name for name in names}
+    current = {name.removeprefix(PEFT_PREFIX).replace(".base_layer.", "."): name for name in names}
     for old, entry in list(offload_index.items()):
         with safe_open(entry["safetensors_file"], framework="pt") as file:
             saved = [name for name in file.keys() if name == old or old.endswith(f".{name}")]  # noqa: SIM118

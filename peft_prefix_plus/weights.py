@@ -15,6 +15,8 @@ from torch import Tensor
 # What can become the float32 of a prefix. The floats of 8 bits and less have no arithmetic of their own.
 FLOATING_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+# In front of the names in the file of a `PeftModel`, and of the base model's weights inside of one.
+PEFT_PREFIX = "base_model.model."
 REMEDY = "Download or copy the adapter once more."
 
 

@@ -18,10 +18,10 @@ def _seed() -> None:
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A directory with a tiny Llama and a tokenizer of single bytes that has a chat template."""
-    from tiny_models import build_byte_tokenizer, build_model
+    from tiny_models import build_chat_tokenizer, build_model
 
     directory: Path = tmp_path_factory.mktemp("tiny-model")
-    tokenizer = build_byte_tokenizer()
+    tokenizer = build_chat_tokenizer()
     model = build_model("llama", vocab_size=len(tokenizer))
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import draw_tokens
-from tiny_models import build_byte_tokenizer, build_model
+from tiny_models import build_chat_tokenizer, build_model
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -20,7 +20,7 @@ EXPERIMENTS = sorted((BENCHMARKS / "experiments").glob("*.json"))
 
 @pytest.mark.parametrize("peft_type", CONFIG_CLASSES)
 def test_a_method_is_built_and_leaves_nothing_behind(peft_type):
-    tokenizer = build_byte_tokenizer()
+    tokenizer = build_chat_tokenizer()
     model, ids = build_model("llama", vocab_size=len(tokenizer)), draw_tokens()
     expected, keys = model(ids).logits, list(model.state_dict())
     settings = {"r": 2, "target_modules": ["q_proj"]} if peft_type == "LORA" else {"num_virtual_tokens": 4}

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from helpers import add_prefix, perturb
-from tiny_models import build_byte_tokenizer, build_model
+from tiny_models import build_chat_tokenizer, build_model
 
 from peft_prefix_plus.evaluation import compute_loss, evaluate_model, generate_texts
 from peft_prefix_plus.examples import Example, tokenize_examples
@@ -15,7 +15,7 @@ EXAMPLES = [Example("ab", ("cd", "efg")), Example("a longer prompt", ("x",)), Ex
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return build_byte_tokenizer()
+    return build_chat_tokenizer()
 
 
 @pytest.fixture(params=[False, True], ids=["base", "prefix"])

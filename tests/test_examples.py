@@ -4,14 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny_models import build_byte_tokenizer
+from tiny_models import build_chat_tokenizer
 
 from peft_prefix_plus.examples import IGNORED_LABEL, Example, load_examples, tokenize_examples
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return build_byte_tokenizer()
+    return build_chat_tokenizer()
 
 
 def write_rows(path: Path, rows: list) -> str:
@@ -87,7 +87,7 @@ def test_a_missing_file_and_a_template_without_source_are_named(tmp_path, tokeni
 
 def test_chat_needs_a_template(tmp_path, tokenizer):
     row = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}
-    bare = build_byte_tokenizer()
+    bare = build_chat_tokenizer()
     bare.chat_template = None
     with pytest.raises(ValueError, match="chat template"):
         load_examples(write_rows(tmp_path / "rows.jsonl", [row]), bare)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from byte_tokenizer import build_byte_tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 VOCAB_SIZE = 96
@@ -106,18 +106,9 @@ def build_model(
     return model
 
 
-def build_byte_tokenizer() -> PreTrainedTokenizerFast:
+def build_chat_tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer with one token per byte, three special tokens, and a chat template."""
-    special = ["<pad>", "<s>", "</s>"]
-    vocabulary = {token: i for i, token in enumerate(special + sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token=special[0], bos_token=special[1], eos_token=special[2]
-    )
-    tokenizer.chat_template = (
+    return build_byte_tokenizer(
         "{% for message in messages %}[{{ message['role'] }}]{{ message['content'] }}\n{% endfor %}"
         "{% if add_generation_prompt %}[assistant]{% endif %}"
     )
-    return tokenizer

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from byte_tokenizer import build_byte_tokenizer
 from peft import PeftModel, get_peft_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -25,21 +25,12 @@ INITIALIZER_RANGE = 0.2
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """One token per byte, three special tokens, and a chat template."""
-    special = ["<pad>", "<s>", "</s>"]
-    vocabulary = {token: i for i, token in enumerate(special + sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token=special[0], bos_token=special[1], eos_token=special[2]
-    )
-    tokenizer.chat_template = (
+    return build_byte_tokenizer(
         "{% for message in messages %}<{{ message['role'] }}>"
         "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}</s>{% endgeneration %}"
         "{% else %}{{ message['content'] }}{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
-    return tokenizer
 
 
 def _llama_config(**settings: object) -> LlamaConfig:
