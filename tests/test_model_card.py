@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model
-from tiny_models import build_byte_tokenizer, build_model
+from tiny_models import build_chat_tokenizer, build_model
 from transformers import AutoModelForCausalLM
 
 from peft_prefix_plus import PrefixPlusConfig
@@ -91,7 +91,7 @@ def test_the_card_tells_what_the_prefix_is(tmp_path):
 @pytest.mark.parametrize("adapter_name", ["default", "ferries"])
 def test_the_code_in_the_card_runs(adapter_name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    tokenizer = build_byte_tokenizer()
+    tokenizer = build_chat_tokenizer()
     model = build_model("llama", vocab_size=len(tokenizer))
     model.config._name_or_path = model.name_or_path = "owner/base"
     config = PrefixPlusConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
