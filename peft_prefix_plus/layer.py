@@ -75,10 +75,10 @@ class PrefixPlusLayerBase(nn.Module, BaseTunerLayer):
 
     def list_effective_adapters(self) -> list[str]:
         """Names of the adapters that take part in a forward, in their order: active ones, or those of the rows."""
-        if self.disable_adapters:
+        if self._disable_adapters:
             return []
-        available = self.list_adapters()
-        wanted = self.active_adapters if self.rows is None else self.rows.adapters
+        available, rows = self.list_adapters(), self.rows
+        wanted = self.active_adapters if rows is None else rows.adapters
         return [name for name in wanted if name in available]
 
     @property

@@ -5,6 +5,7 @@ import torch
 from helpers import add_prefix, draw_tokens, perturb
 from tiny_models import build_model
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from torch.testing import assert_close
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -85,17 +86,83 @@ def test_a_hidden_prefix_changes_nothing_bit_for_bit():
     assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("prefix_kind", ["shared", "rows", "masked"])
+@pytest.mark.parametrize("mask_kind", ["none", "causal", "padding", "infinite"])
+@pytest.mark.parametrize("queries", [1, TOKENS])
+def test_gradients_equal_those_of_attention_at_once(queries, mask_kind, prefix_kind, dtype):
+    query = draw(BATCH, queries, HEADS, DIM, dtype=dtype).requires_grad_()
+    key, value = (draw(BATCH, TOKENS, KV_HEADS, DIM, dtype=dtype).requires_grad_() for _ in range(2))
+    prefix = build_prefix(prefix_kind, dtype)
+    if prefix.mask is not None:
+        # Where nothing at all is visible there is nothing to compare.
+        prefix.mask[:, -1] = True
+    inputs = (query, key, value, prefix.keys.requires_grad_(), prefix.values.requires_grad_())
+    is_causal = mask_kind == "causal" and queries > 1
+    mask = build_mask("none" if mask_kind == "causal" else mask_kind, queries)
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(dtype)
+    expected_mask = torch.ones(1, 1, queries, TOKENS, dtype=torch.bool).tril() if is_causal else mask
+
+    states = [tensor.transpose(1, 2) for tensor in inputs[:3]]
+    prefix = match_prefix(prefix, *states[1:])
+    given = attend_by_parts(*states, mask, prefix, is_causal, 0.4)
+    expected = attend_at_once(*states, expected_mask, prefix)
+    assert_close(given, expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+    arriving = torch.randn_like(expected)
+    tolerance = 5 * TOLERANCE[dtype]
+    for own, other in zip(
+        torch.autograd.grad(given, inputs, arriving), torch.autograd.grad(expected, inputs, arriving), strict=True
+    ):
+        assert_close(own, other, atol=tolerance, rtol=tolerance)
+
+
+def test_a_first_layer_gives_gradients_to_its_prefix_only():
+    query, key, value = draw(BATCH, HEADS, TOKENS, DIM), *(draw(BATCH, KV_HEADS, TOKENS, DIM) for _ in range(2))
+    prefix = build_prefix("shared", torch.float32)
+    inputs = prefix.keys.requires_grad_(), prefix.values.requires_grad_()
+    prefix = match_prefix(prefix, key, value)
+    causal = torch.ones(1, 1, TOKENS, TOKENS, dtype=torch.bool).tril()
+    given = torch.autograd.grad(attend_by_parts(query, key, value, None, prefix, True, 0.4).square().sum(), inputs)
+    expected = torch.autograd.grad(attend_at_once(query, key, value, causal, prefix).square().sum(), inputs)
+    assert_close(given, expected, atol=1e-4, rtol=1e-4)
+
+
+def count_saved_bytes(model: torch.nn.Module, inputs: Tensor, labels: Tensor) -> int:
+    """Bytes that autograd keeps for the backward pass, each storage once, without the parameters."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model.train()(inputs_embeds=inputs, labels=labels, use_cache=False)
+    return sum(kept.values())
+
+
+def test_what_a_training_step_keeps_does_not_grow_with_the_tokens():
+    more = []
+    for length in (16, 64):
+        ids = draw_tokens(length=length)
+        base, model = build_model("llama").requires_grad_(False), add_prefix(build_model("llama"), projection="none")
+        inputs = base.get_input_embeddings()(ids).requires_grad_()
+        more.append(count_saved_bytes(model, inputs, ids) - count_saved_bytes(base, inputs, ids))
+    assert more[0] == more[1] < 10_000
+
+
 @pytest.mark.parametrize(
     ("change", "kwargs"),
     [
-        ({"key": draw(1, 2, 1, 8), "value": draw(1, 2, 1, 8)}, {}),
         ({"value": draw(1, 2, 9, 4)}, {}),
-        ({"key": draw(1, 2, 9, 8).requires_grad_()}, {}),
+        ({"attention_mask": draw(1, 1, 1, 9).requires_grad_()}, {}),
         ({"attend": lambda *args, **kwargs: None}, {}),
         ({}, {"dropout": 0.1}),
         ({}, {"position_bias": draw(1, 1, 1, 9)}),
         ({}, {"cache": object()}),
-        ({"prefix": PrefixStates(draw(1, 2, 3, 8), draw(1, 2, 3, 8).requires_grad_())}, {}),
         ({"key": draw(1, 2, 8, 9).transpose(-1, -2)}, {}),
         ({"query": draw(1, 4, 1, 16)[..., ::2]}, {}),
         ({"value": draw(1, 2, 9, 8, dtype=torch.bfloat16)}, {}),
@@ -105,9 +172,28 @@ def test_a_hidden_prefix_changes_nothing_bit_for_bit():
 def test_what_is_unusual_is_attended_to_at_once(change, kwargs):
     prefix = PrefixStates(draw(1, 2, 3, 8), draw(1, 2, 3, 8))
     usual = {"attend": sdpa_attention_forward, "query": draw(1, 4, 1, 8), "key": draw(1, 2, 9, 8)}
-    usual |= {"value": draw(1, 2, 9, 8), "prefix": prefix}
+    usual |= {"value": draw(1, 2, 9, 8), "attention_mask": None, "prefix": prefix}
     assert can_merge(**usual, kwargs={"scaling": 0.3, "dropout": 0.0, "sliding_window": None})
     assert not can_merge(**(usual | change), kwargs=kwargs)
+
+
+def test_a_choice_of_another_kernel_is_respected():
+    prefix = PrefixStates(draw(1, 2, 3, 8), draw(1, 2, 3, 8))
+    usual = (sdpa_attention_forward, draw(1, 4, 1, 8), draw(1, 2, 9, 8), draw(1, 2, 9, 8), None, prefix, {})
+    with sdpa_kernel(SDPBackend.MATH):
+        assert not can_merge(*usual)
+    assert can_merge(*usual)
+
+
+def test_transforms_of_functions_go_through_attention_at_once():
+    model, ids = add_prefix(build_model("llama")), draw_tokens()
+    inputs = model.get_input_embeddings()(ids).detach()
+
+    def compute_loss(rows: Tensor) -> Tensor:
+        return model(inputs_embeds=rows).logits.square().mean()
+
+    (expected,) = torch.autograd.grad(compute_loss(inputs.requires_grad_()), inputs)
+    assert_close(torch.func.grad(compute_loss)(inputs.detach()), expected, atol=1e-5, rtol=1e-4)
 
 
 def count_computations(model: torch.nn.Module, run) -> set[int]:

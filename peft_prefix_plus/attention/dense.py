@@ -63,7 +63,7 @@ def attend_sdpa(
 ) -> tuple[Tensor, Tensor | None]:
     """Attend where a mask of `None` may mean causal attention; see [`attend_eager`]."""
     is_causal = attention_mask is None and _is_causal(module, query, kwargs)
-    if not args and can_merge(attend, query, key, value, prefix, kwargs):
+    if not args and can_merge(attend, query, key, value, attention_mask, prefix, kwargs):
         if is_causal:
             key, value = key[:, :, : query.shape[-2]], value[:, :, : query.shape[-2]]
         scaling = kwargs.get("scaling")

@@ -1,21 +1,25 @@
 """Attention to the tokens and to the prefix, each by itself, merged by their log-sum-exps: nothing is copied.
 
-Putting a prefix in front of cached keys and values copies them for every token that is generated. Here one kernel
-attends to the cache as it is, another one to the prefix, for all rows at once if they share it. With the log-sum-exp
-of its scores, each part's share of the common softmax is known (https://arxiv.org/abs/1805.02867).
+Putting a prefix in front of keys and values copies them: in training for the backward pass, in generation for every
+token. Here one kernel attends to the tokens as they are, another one to the prefix, which all rows share. With the
+log-sum-exp of its scores, each part's share of the common softmax is known (https://arxiv.org/abs/1805.02867). The
+gradient of each part needs nothing but the merged output and log-sum-exp.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from torch.autograd.function import once_differentiable
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ..states import PrefixStates
 from .routing import AttentionFunction
 
-# The kernel that sdpa itself uses on a CPU; unlike sdpa it returns the log-sum-exp, which has no gradient.
+# The kernel that sdpa itself uses on a CPU; unlike sdpa it returns the log-sum-exp.
 _attend_on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_differentiate_on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 # Arguments that change nothing here, whatever they hold.
 _HARMLESS = frozenset(
     {"scaling", "dropout", "is_causal", "sliding_window", "position_ids", "use_cache", "cache_position"}
@@ -23,28 +27,35 @@ _HARMLESS = frozenset(
 
 
 def can_merge(
-    attend: AttentionFunction, query: Tensor, key: Tensor, value: Tensor, prefix: PrefixStates, kwargs: dict[str, Any]
+    attend: AttentionFunction,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    prefix: PrefixStates,
+    kwargs: dict[str, Any],
 ) -> bool:
-    """Whether a call of `sdpa` should be computed by parts: with cached tokens, on a CPU, with nothing unusual.
+    """Whether a call of `sdpa` should be computed by parts: on a CPU, with nothing unusual.
 
     Args:
         attend (`Callable`): the model's attention function.
-        query, key, value (`torch.Tensor`): as it gets them.
+        query, key, value, attention_mask (`torch.Tensor`): as it gets them.
         prefix ([`PrefixStates`]): its prefix.
         kwargs (`dict`): its other arguments.
     """
     inputs = (query, key, value, prefix.keys, prefix.values)
     return (
         attend is sdpa_attention_forward
-        and key.shape[-2] > query.shape[-2]
+        and not torch.compiler.is_compiling()
         and query.device.type == "cpu"
         and key.shape[-1] == value.shape[-1]
         and prefix.bias is None
         # What sdpa sees to before it calls the kernel.
         and len({item.dtype for item in inputs}) == 1
         and all(item.stride(-1) == 1 for item in inputs)
-        and not torch.compiler.is_compiling()
-        and not (torch.is_grad_enabled() and any(item.requires_grad for item in inputs))
+        and torch.backends.cuda.flash_sdp_enabled()  # type: ignore[no-untyped-call]
+        and not (attention_mask is not None and attention_mask.requires_grad)
+        and not torch._C._are_functorch_transforms_active()
         and not kwargs.get("dropout")
         and all(item is None or item is False or name in _HARMLESS for name, item in kwargs.items())
     )
@@ -72,48 +83,150 @@ def attend_by_parts(
     Returns:
         `torch.Tensor`: `[batch, queries, heads, dim]`.
     """
-    batch, heads, queries, dim = query.shape
-    kv_heads = key.shape[1]
-    groups = heads // kv_heads
-    # Queries of one group share their keys and stand together, so that these need not be repeated.
-    grouped = query.reshape(batch, kv_heads, groups * queries, dim)
-    if queries == 1:
-        mask = attention_mask
-        if mask is not None and mask.shape[1] > 1:
-            mask = mask.reshape(mask.shape[0], kv_heads, groups, -1)
-        output, weight = _attend(grouped, key, value, mask, False, scaling)
+    # What all rows share is one row again.
+    keys, values = (states if states.stride(0) else states[:1] for states in (prefix.keys, prefix.values))
+    inputs = (query, key, value, keys, values)
+    if torch.is_grad_enabled() and any(item.requires_grad for item in inputs):
+        apply: Callable[..., Tensor] = _AttentionByParts.apply
+        output = apply(*inputs, attention_mask, prefix.mask, is_causal, scaling)
+    elif query.shape[-2] == 1:
+        output = _attend_with_one_query(*inputs, attention_mask, prefix.mask, scaling)
     else:
-        parts = query, repeat_kv(key, groups), repeat_kv(value, groups)
-        output, weight = _attend(*parts, attention_mask, is_causal, scaling)
-    output, weight = output.reshape(grouped.shape), weight.reshape(grouped.shape[:-1])
-    prefix_output, prefix_weight = _attend_to_prefix(grouped, prefix, scaling)
+        output, _ = _attend_to_both(*inputs, attention_mask, prefix.mask, is_causal, scaling)
+    return output.transpose(1, 2).contiguous()
+
+
+class _AttentionByParts(torch.autograd.Function):
+    """What is kept for the backward pass grows with the tokens as without a prefix; keys and values once per group."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        mask: Tensor | None,
+        prefix_mask: Tensor | None,
+        is_causal: bool,
+        scaling: float | None,
+    ) -> Tensor:
+        output, weight = _attend_to_both(query, key, value, keys, values, mask, prefix_mask, is_causal, scaling)
+        ctx.save_for_backward(query, key, value, keys, values, mask, prefix_mask, output, weight)
+        ctx.settings = is_causal, scaling
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        *inputs, mask, prefix_mask, output, weight = ctx.saved_tensors
+        is_causal, scaling = ctx.settings
+        # In half precision the kernel takes twice as long, for less.
+        precise = torch.promote_types(gradient.dtype, torch.float32)
+        query, key, value, keys, values, output, gradient = (item.to(precise) for item in (*inputs, output, gradient))
+        merged = gradient, query, output, weight
+        of_query, *of_prefix = _differentiate(*merged, keys, values, _widen_prefix_mask(prefix_mask), False, scaling)
+        of_tokens: tuple[Tensor | None, ...] = (None, None, None)
+        # The first layer of a frozen model has nothing behind it that trains.
+        if any(ctx.needs_input_grad[:3]):
+            of_token_query, *of_states = _differentiate(*merged, key, value, mask, is_causal, scaling)
+            of_tokens = (of_query.add_(of_token_query), *of_states)
+        given = zip((*of_tokens, *of_prefix), inputs, strict=True)
+        return *(None if item is None else item.to(own.dtype) for item, own in given), None, None, None, None
+
+
+def _attend_to_both(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    prefix_mask: Tensor | None,
+    is_causal: bool,
+    scaling: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Output `[batch, heads, queries, dim]`, and the log-sum-exp of all scores `[batch, heads, queries]`."""
+    tokens = _attend(query, key, value, mask, is_causal, scaling)
+    prefix = _attend(query, keys, values, _widen_prefix_mask(prefix_mask), False, scaling)
+    return _merge(*tokens, *prefix), torch.logaddexp(tokens[1], prefix[1])
+
+
+def _attend_with_one_query(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    prefix_mask: Tensor | None,
+    scaling: float | None,
+) -> Tensor:
+    """The same for one query: those of one group share their keys, and stand together as queries of one head."""
+    batch, kv_heads, _, dim = key.shape
+    grouped = query.reshape(batch, kv_heads, -1, dim)
+    if mask is not None and mask.shape[1] > 1:
+        mask = mask.reshape(mask.shape[0], kv_heads, grouped.shape[2], -1)
+    tokens = _attend(grouped, key, value, mask, False, scaling)
+    if keys.shape[0] == 1 and prefix_mask is None:
+        # All rows share the prefix: they are queries of one row.
+        rows = grouped.transpose(0, 1).reshape(1, kv_heads, -1, dim)
+        parts = _attend(rows, keys, values, None, False, scaling)
+        of_prefix, weight = (item.view(kv_heads, batch, -1, *item.shape[3:]).transpose(0, 1) for item in parts)
+    else:
+        of_prefix, weight = _attend(grouped, keys, values, _widen_prefix_mask(prefix_mask), False, scaling)
+    return _merge(*tokens, of_prefix, weight).reshape(query.shape)
+
+
+def _merge(output: Tensor, weight: Tensor, prefix_output: Tensor, prefix_weight: Tensor) -> Tensor:
     share = torch.sigmoid(weight - prefix_weight)[..., None]
-    merged = torch.lerp(prefix_output.to(share.dtype), output.to(share.dtype), share).to(query.dtype)
-    return merged.reshape(batch, heads, queries, dim).transpose(1, 2).contiguous()
-
-
-def _attend_to_prefix(grouped: Tensor, prefix: PrefixStates, scaling: float | None) -> tuple[Tensor, Tensor]:
-    if prefix.mask is not None:
-        return _attend(grouped, prefix.keys, prefix.values, prefix.mask[:, None, None, :], False, scaling)
-    if prefix.keys.stride(0):
-        return _attend(grouped, prefix.keys, prefix.values, None, False, scaling)
-    # All rows share the prefix: they are queries of one row.
-    batch, kv_heads, queries, dim = grouped.shape
-    rows = grouped.transpose(0, 1).reshape(1, kv_heads, batch * queries, dim)
-    output, weight = _attend(rows, prefix.keys[:1], prefix.values[:1], None, False, scaling)
-    output = output.view(kv_heads, batch, queries, dim).transpose(0, 1)
-    return output, weight.view(kv_heads, batch, queries).transpose(0, 1)
+    return torch.lerp(prefix_output.to(share.dtype), output.to(share.dtype), share).to(output.dtype)
 
 
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scaling: float | None
 ) -> tuple[Tensor, Tensor]:
     """Output `[batch, heads, queries, dim]`, and the log-sum-exp of the scores `[batch, heads, queries]`."""
-    # The smallest number instead of minus infinity: where all is hidden, the other part takes everything.
-    smallest = torch.finfo(query.dtype).min
-    if mask is not None and mask.dtype == torch.bool:
-        mask = torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(~mask, smallest)
-    elif mask is not None:
-        mask = mask.to(query.dtype).clamp(min=smallest)
+    mask = _make_finite(mask, query.dtype)
+    key, value = _expand(query, key), _expand(query, value)
     output, weight = _attend_on_cpu(query, key, value, 0.0, is_causal, attn_mask=mask, scale=scaling)
     return output, weight
+
+
+def _differentiate(
+    gradient: Tensor,
+    query: Tensor,
+    output: Tensor,
+    weight: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    scaling: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of queries, keys and values from one part, given the output and log-sum-exp of both."""
+    mask = _make_finite(mask, query.dtype)
+    states = _expand(query, key), _expand(query, value)
+    of_query, *of_states = _differentiate_on_cpu(
+        gradient, query, *states, output, weight, 0.0, is_causal, attn_mask=mask, scale=scaling
+    )
+    of_key, of_value = (item.sum_to_size(key.shape) for item in of_states)
+    return of_query, of_key, of_value
+
+
+def _expand(query: Tensor, states: Tensor) -> Tensor:
+    """Keys or values for every row; what rows share is not copied for them."""
+    return states.expand(query.shape[0], -1, -1, -1)
+
+
+def _widen_prefix_mask(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else mask[:, None, None, :]
+
+
+def _make_finite(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """An additive mask with the smallest number for what is hidden: where all is, the other part takes everything."""
+    smallest = torch.finfo(dtype).min
+    if mask is not None and mask.dtype == torch.bool:
+        return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, smallest)
+    return None if mask is None else mask.to(dtype).clamp(min=smallest)

@@ -58,8 +58,9 @@ def route_config(config: PreTrainedConfig) -> PreTrainedConfig:
 def original_config(module: nn.Module) -> PreTrainedConfig:
     """Return the config that an attention module shares with its model, routed or not."""
     config: PreTrainedConfig = module.config
-    while hasattr(config, "prefix_plus_original"):
-        config = config.prefix_plus_original
+    # Every attention asks, and looking for what a config does not have takes it long.
+    while (original := config.__dict__.get("prefix_plus_original")) is not None:
+        config = original
     return config
 
 
