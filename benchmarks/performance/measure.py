@@ -7,14 +7,8 @@ ratios to the base model within a round, so slow phases of the machine hit all r
 """
 
 import argparse
-import gc
 import json
 import platform
-import random
-import statistics
-import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,149 +16,152 @@ import accelerate
 import peft
 import torch
 import transformers
-from rivals import BARE, build_prefix, build_rivals
+from cases import (
+    build_loading,
+    build_mixed_batch,
+    build_runs,
+    build_switch,
+    count_saved_bytes,
+    generate,
+    measure_peak,
+    open_directory,
+    train_step,
+    truncate_layers,
+)
+from rivals import BARE, LORA, NATIVE, PREFIX, build_prefix, build_rivals, share_weights
+from rounds import subtract, summarize, time_rounds
 from torch import nn
+from transformers import PreTrainedModel
 
 import peft_prefix_plus
 from peft_prefix_plus.base_models import load_base_model
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    # About 12 minutes on two cores.
+    # About 14 minutes on two cores.
     "short": {
         "rounds": 5,
         "steps": [{"batch": 4, "length": 96}, {"batch": 4, "length": 96, "checkpointing": True}],
-        "generation": [{"batch": 4, "context": 256, "new": 32}, {"batch": 1, "context": 64, "new": 32}],
+        "generation": [{"batch": 4, "context": 256, "new": 33}, {"batch": 1, "context": 64, "new": 33}],
+        "mixed": {"context": 64, "new": 16},
+        "lengths": [],
+        "depths": [],
     },
+    # About two hours.
     "full": {
-        "rounds": 7,
+        "rounds": 9,
         "steps": [
             {"batch": batch, "length": length, "checkpointing": checkpointing}
-            for batch, length in ((1, 64), (1, 256), (1, 1024), (8, 64), (8, 256))
+            for batch, length in ((1, 64), (1, 256), (1, 1024), (8, 64), (8, 256), (8, 1024))
             for checkpointing in (False, True)
         ],
         "generation": [
-            {"batch": batch, "context": context, "new": 32} for batch in (1, 4, 16) for context in (64, 256, 1024)
+            {"batch": batch, "context": context, "new": 33}
+            for batch in (1, 4, 16)
+            for context in (64, 256, 1024, 2048)
         ],
+        "mixed": {"context": 64, "new": 16},
+        "lengths": [1, 4, 16, 64, 256],
+        "depths": [6, 12, 18, 24, 30],
     },
 }
+STEP = {"batch": 4, "length": 96}
+GENERATION = {"batch": 4, "context": 256, "new": 33}
 
 
-def draw_ids(batch: int, length: int) -> torch.Tensor:
-    """Random tokens, the same ones every time."""
-    return torch.randint(5, 40000, (batch, length), generator=torch.Generator().manual_seed(0))
+class Measurement:
+    """The figures of one base model.
 
+    Args:
+        base (`PreTrainedModel`): the model, with weights that nothing changes.
+        setting (`dict`): an entry of `SETTINGS`.
+    """
 
-def train_step(model: nn.Module, batch: int, length: int, checkpointing: bool = False) -> None:
-    """Forward and backward; of the base model, down to the input of its first layer."""
-    ids = draw_ids(batch, length)
-    model.train()
-    inputs = model.get_input_embeddings()(ids).detach().requires_grad_(True)
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    try:
-        model(inputs_embeds=inputs, labels=ids, use_cache=False).loss.backward()
-    finally:
-        if checkpointing:
-            model.gradient_checkpointing_disable()
-    model.zero_grad(set_to_none=True)
+    def __init__(self, base: PreTrainedModel, setting: dict[str, Any]) -> None:
+        self.base = base
+        self.setting = setting
+        self.rounds: int = setting["rounds"]
+        self.models = build_rivals(base)
 
-
-def count_saved_bytes(model: nn.Module, **step: Any) -> int:
-    """Bytes that autograd keeps for the backward pass, each storage once, without the parameters."""
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        train_step(model, **step)
-    return sum(kept.values())
-
-
-@torch.no_grad()
-def generate(model: nn.Module, batch: int, context: int, new: int) -> None:
-    """Greedy generation of a fixed number of tokens."""
-    ids = draw_ids(batch, context)
-    model.eval()
-    settings = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
-    model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
-
-
-def time_rounds(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each run in each round, after one round that does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    order = list(runs)
-    for number in range(rounds + 1):
-        random.Random(number).shuffle(order)
-        for name in order:
-            gc.collect()
-            start = time.perf_counter()
-            runs[name]()
-            if number:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def summarize(seconds: dict[str, list[float]], base: str = BARE) -> dict[str, dict[str, float]]:
-    """Median seconds, and the median and the quartiles of the ratio to a base within a round."""
-    summary = {}
-    for name, own in seconds.items():
-        ratios = sorted(mine / other for mine, other in zip(own, seconds[base], strict=True))
-        lower, _, upper = statistics.quantiles(ratios, n=4)
-        summary[name] = {
-            "seconds": round(statistics.median(own), 4),
-            "ratio": round(statistics.median(ratios), 4),
-            "quartiles": [round(lower, 4), round(upper, 4)],
+    def run(self) -> dict[str, Any]:
+        """Measure everything that the setting names."""
+        return {
+            "steps": [self.measure_step(self.models, **step) for step in self.setting["steps"]],
+            "generation": [self.measure_generation(self.models, **case) for case in self.setting["generation"]],
+            "lengths": [self.measure_length(length) for length in self.setting["lengths"]],
+            "depths": [self.measure_depth(depth) for depth in self.setting["depths"]],
+            "adapters": self.measure_adapters(),
+            "mixed_batch": self.measure_mixed_batch(**self.setting["mixed"]),
         }
-    return summary
 
+    def measure_step(self, models: dict[str, nn.Module], **step: Any) -> dict[str, Any]:
+        """A training step: its time, what it keeps for the backward pass, and the peak of the memory."""
+        if step.get("checkpointing"):
+            models = {name: model for name, model in models.items() if name != NATIVE}
+        runs = build_runs(models, train_step, **step)
+        times = summarize(time_rounds(runs, self.rounds), BARE)
+        saved = {name: count_saved_bytes(models[name], run) for name, run in runs.items()}
+        peaks = {name: measure_peak(run) for name, run in runs.items()}
+        return _report({"case": step, "times": times, "saved_bytes": saved, "peak_bytes": peaks})
 
-def measure_methods(models: dict[str, nn.Module], setting: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Training steps with what they keep in memory, and generation."""
-    results: dict[str, list[dict[str, Any]]] = {"steps": [], "generation": []}
-    for step in setting["steps"]:
-        usable = {
-            name: model
-            for name, model in models.items()
-            if not (step.get("checkpointing") and name == "PREFIX_TUNING")
-        }
-        runs = {name: partial(train_step, model, **step) for name, model in usable.items()}
-        saved = {name: count_saved_bytes(model, **step) for name, model in usable.items()}
-        results["steps"].append(
-            step | {"times": summarize(time_rounds(runs, setting["rounds"])), "saved_bytes": saved}
+    def measure_generation(self, models: dict[str, nn.Module], **case: int) -> dict[str, Any]:
+        """Generation as a whole, its first token, which reads the context, and the others."""
+        whole = time_rounds(build_runs(models, generate, **case), self.rounds)
+        first = time_rounds(build_runs(models, generate, **case | {"new": 1}), self.rounds)
+        parts = {"times": whole, "prefill": first, "decoding": subtract(whole, first)}
+        return _report({"case": case} | {name: summarize(seconds, BARE) for name, seconds in parts.items()})
+
+    def measure_length(self, num_virtual_tokens: int) -> dict[str, Any]:
+        """A step and a generation with prefixes of one length."""
+        names = (BARE, PREFIX, NATIVE)
+        return self._measure_both(
+            {"virtual tokens": num_virtual_tokens}, build_rivals(self.base, names, num_virtual_tokens)
         )
-        print(json.dumps(results["steps"][-1]), flush=True)
-    for case in setting["generation"]:
-        runs = {name: partial(generate, model, **case) for name, model in models.items()}
-        results["generation"].append(case | {"times": summarize(time_rounds(runs, setting["rounds"]))})
-        print(json.dumps(results["generation"][-1]), flush=True)
-    return results
+
+    def measure_depth(self, depth: int) -> dict[str, Any]:
+        """A step and a generation with the first layers of the model."""
+        base = truncate_layers(share_weights(self.base), depth)
+        return self._measure_both({"layers": depth}, build_rivals(base, (BARE, PREFIX, LORA)))
+
+    def _measure_both(self, case: dict[str, int], models: dict[str, nn.Module]) -> dict[str, Any]:
+        step = time_rounds(build_runs(models, train_step, **STEP), self.rounds)
+        generation = time_rounds(build_runs(models, generate, **GENERATION), self.rounds)
+        return _report({"case": case, "step": summarize(step, BARE), "generation": summarize(generation, BARE)})
+
+    def measure_adapters(self) -> dict[str, Any]:
+        """Seconds to load one more adapter and delete it, and to make another one the active one, 20 times."""
+        loading, switching = {}, {}
+        with open_directory() as directory:
+            for name in (PREFIX, LORA, NATIVE):
+                model = self.models[name]
+                loading[name] = build_loading(model, f"{directory}/{name}")
+                model.add_adapter("other", model.peft_config["default"])
+                switching[name] = build_switch(model, ["default", "other"])
+            parts = {"loading": loading, "switching": switching}
+            times = {name: summarize(time_rounds(runs, self.rounds), LORA) for name, runs in parts.items()}
+        for name in loading:
+            self.models[name].delete_adapter("other")
+            self.models[name].set_adapter("default")
+        return _report(times)
+
+    def measure_mixed_batch(self, context: int, new: int) -> dict[str, Any]:
+        """One pass over eight rows with eight adapters against eight passes of one row."""
+        model: Any = self.models[PREFIX]
+        names = [f"adapter{number}" for number in range(8)]
+        for number, name in enumerate(names):
+            model.add_adapter(name, build_prefix("none", 16 + number))
+        model.eval()
+        runs = build_mixed_batch(model, names, context, new)
+        # What the same rows cost the base model tells how much of the gain is that of any batch.
+        bare: Any = self.models[BARE]
+        runs["base model, one pass"] = lambda: generate(bare, len(names), context, new)
+        runs["base model, one pass for each"] = lambda: [generate(bare, 1, context, new) for _ in names]
+        seconds = time_rounds(runs, self.rounds)
+        return _report({"case": {"batch": 8, "context": context, "new": new}, "times": summarize(seconds, "mixed")})
 
 
-def measure_mixed_batch(model: nn.Module, rounds: int) -> dict[str, Any]:
-    """One pass over rows with eight adapters against eight passes of one row."""
-    names = [f"adapter{number}" for number in range(8)]
-    for number, name in enumerate(names):
-        model.add_adapter(name, build_prefix("none", 16 + number))
-    model.eval()
-    ids = draw_ids(len(names), 64)
-    settings = {"max_new_tokens": 16, "min_new_tokens": 16, "do_sample": False, "pad_token_id": 0}
-
-    def mixed() -> None:
-        model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), adapter_names=names, **settings)
-
-    def alone() -> None:
-        for row, name in enumerate(names):
-            model.set_adapter(name)
-            row_ids = ids[row : row + 1]
-            model.generate(input_ids=row_ids, attention_mask=torch.ones_like(row_ids), **settings)
-
-    seconds = time_rounds({"eight passes": alone, "mixed": mixed}, rounds)
-    return {"batch": 8, "context": 64, "new": 16, "times": summarize(seconds, base="mixed")}
+def _report(result: dict[str, Any]) -> dict[str, Any]:
+    print(json.dumps(result), flush=True)
+    return result
 
 
 def main() -> None:
@@ -175,22 +172,18 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    setting = SETTINGS[arguments.setting]
     modules = (torch, transformers, peft, accelerate, peft_prefix_plus)
     report: dict[str, Any] = {
         "model": "SmolLM2-135M-Instruct",
         "threads": arguments.threads,
-        "setting": setting,
+        "setting": SETTINGS[arguments.setting],
         "versions": {module.__name__: module.__version__ for module in modules}
         | {"python": platform.python_version()},
         "dtypes": {},
     }
     for dtype in arguments.dtypes:
         base, _ = load_base_model("smollm2-wheel", dtype=dtype)
-        models = build_rivals(base)
-        results: dict[str, Any] = measure_methods(models, setting)
-        results["mixed_batch"] = measure_mixed_batch(models["PrefixPlus flat"], setting["rounds"])
-        report["dtypes"][dtype] = results
+        report["dtypes"][dtype] = Measurement(base, SETTINGS[arguments.setting]).run()
         arguments.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 

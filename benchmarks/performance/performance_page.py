@@ -1,84 +1,178 @@
-"""Writes docs/performance.md from what measure.py measured."""
+"""Writes docs/performance.md, and its figure, from what measure.py measured."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).with_name("short.json")
-PAGE = Path(__file__).parents[2] / "docs" / "performance.md"
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from rivals import BARE, LORA, NATIVE, PREFIX
+
+HERE = Path(__file__).parent
+DOCS = HERE.parents[1] / "docs"
 
 INTRODUCTION = """# Speed and memory
 
-Made by `make bench-performance` with {model}, {threads} threads and {versions}.
+Measured with {model}, {threads} threads on a CPU, and {versions}.
+`make bench-performance` makes the measurements of the short setting, in 15 minutes, and this page. The full setting
+takes two hours:
+
+    python benchmarks/performance/measure.py --setting full --output benchmarks/performance/full.json
 
 Everything is a ratio to the bare base model, measured in the same round: the median of {rounds} rounds, and in
-brackets the quartiles. The machine was shared, so differences smaller than the quartiles are noise. All methods train
-230,400 parameters (PrefixPlus mlp: 912,000); prefixes have 20 virtual tokens.
+brackets the quartiles. The machine was shared, so differences smaller than the quartiles are noise. PrefixPlus flat,
+LoRA and PREFIX_TUNING train 230,400 parameters, PrefixPlus mlp 912,000; prefixes have 20 virtual tokens.
 
-- A training step is a forward and a backward pass; of the base model, with frozen weights, down to the input of the
-  first layer.
-- Saved bytes are what autograd keeps for the backward pass.
-- Generation is greedy, 32 new tokens.
+- A **training step** is a forward and a backward pass; of the base model, with frozen weights, down to the input of
+  the first layer.
+- **Saved bytes** are what autograd keeps for the backward pass, without the parameters.
+- **Peak memory** is by how much a step raises the resident memory of the process.
+- **Generation** is greedy, with 33 new tokens. Prefill is the time to the first of them, decoding that of the others.
 """
 
+Row = dict[str, str]
 
-def write_cell(times: dict[str, Any] | None) -> str:
+
+def write_ratio(times: dict[str, Any]) -> str:
     """A ratio with its quartiles."""
-    if times is None:
-        return "–"
     lower, upper = times["quartiles"]
     return f"{times['ratio']:.2f} ({lower:.2f} to {upper:.2f})"
 
 
-def write_table(rows: dict[str, dict[str, str]]) -> list[str]:
-    """One row for each case, one column for each method but the base model."""
+def write_table(rows: dict[str, Row], first: str = "") -> list[str]:
+    """One row for each case, one column for each method."""
     names = list(dict.fromkeys(name for row in rows.values() for name in row))
-    lines = [f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
-    return [
-        *lines,
-        *(f"| {case} | {' | '.join(row.get(name, '–') for name in names)} |" for case, row in rows.items()),
-    ]
+    lines = [f"| {first} | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    cells = (f"| {case} | {' | '.join(row.get(name, '–') for name in names)} |" for case, row in rows.items())
+    return [*lines, *cells, ""]
+
+
+def write_ratios(times: dict[str, Any], base: str = BARE) -> Row:
+    """The cells of one row."""
+    return {name: write_ratio(own) for name, own in times.items() if name != base}
+
+
+def describe_step(case: dict[str, Any]) -> str:
+    """The batch and the length of a training step."""
+    return f"{case['batch']} x {case['length']} tokens" + (", checkpointing" if case.get("checkpointing") else "")
+
+
+def list_steps(steps: Iterable[dict[str, Any]]) -> dict[str, Row]:
+    """Rows of the training steps."""
+    rows: dict[str, Row] = {}
+    for step in steps:
+        case = describe_step(step["case"])
+        rows[f"step, {case}"] = write_ratios(step["times"])
+        for title, key in (("saved bytes", "saved_bytes"), ("peak memory", "peak_bytes")):
+            numbers = step[key]
+            if all(numbers.values()):
+                cells = {name: f"{own / numbers[BARE]:.3f}" for name, own in numbers.items() if name != BARE}
+                rows[f"{title}, {case}"] = cells
+    return rows
+
+
+def list_generation(cases: Iterable[dict[str, Any]]) -> dict[str, Row]:
+    """Rows of generation, as a whole and in its parts."""
+    rows: dict[str, Row] = {}
+    for result in cases:
+        case = f"batch {result['case']['batch']}, context {result['case']['context']}"
+        for title, key in (("generation", "times"), ("prefill", "prefill"), ("decoding", "decoding")):
+            rows[f"{title}, {case}"] = write_ratios(result[key])
+    return rows
+
+
+def list_series(results: Iterable[dict[str, Any]]) -> dict[str, Row]:
+    """Rows of a step and a generation for every value of one quantity."""
+    rows: dict[str, Row] = {}
+    for result in results:
+        (name, value), *_ = result["case"].items()
+        for part in ("step", "generation"):
+            rows[f"{part}, {value} {name}"] = write_ratios(result[part])
+    return rows
+
+
+def write_adapters(adapters: dict[str, Any]) -> list[str]:
+    """The table of loading and switching, in milliseconds."""
+    rows = {
+        "load and delete": {name: f"{1000 * own['seconds']:.1f} ms" for name, own in adapters["loading"].items()},
+        "switch": {name: f"{1000 * own['seconds'] / 20:.2f} ms" for name, own in adapters["switching"].items()},
+    }
+    return write_table(rows, "adapters")
+
+
+def write_mixed_batch(mixed: dict[str, Any]) -> str:
+    """What a mixed batch gains."""
+    case, times = mixed["case"], mixed["times"]
+    bare = times["base model, one pass for each"]["ratio"] / times["base model, one pass"]["ratio"]
+    return (
+        f"To generate {case['new']} tokens for eight rows with eight adapters, one pass for each row takes "
+        f"{write_ratio(times['one pass for each'])} times as long as a mixed batch. With the base model, a pass for "
+        f"each row takes {bare:.2f} times as long as one batch of the same rows, and one batch of it "
+        f"{write_ratio(times['base model, one pass'])} of the time of the mixed batch."
+    )
 
 
 def write_dtype(dtype: str, results: dict[str, Any]) -> list[str]:
     """The tables of one dtype."""
-    rows: dict[str, dict[str, str]] = {}
-    for step in results["steps"]:
-        case = f"{step['batch']} x {step['length']} tokens" + (", checkpointing" if step.get("checkpointing") else "")
-        times = {name: own for name, own in step["times"].items() if name != "base model"}
-        rows[f"training step, {case}"] = {name: write_cell(own) for name, own in times.items()}
-        saved, floor = step["saved_bytes"], step["saved_bytes"]["base model"]
-        rows[f"saved bytes, {case}"] = {name: f"{saved[name] / floor:.3f}" for name in times}
-    for case in results["generation"]:
-        times = {name: own for name, own in case["times"].items() if name != "base model"}
-        title = f"generation, batch {case['batch']}, context {case['context']}"
-        rows[title] = {name: write_cell(own) for name, own in times.items()}
-    mixed = results["mixed_batch"]
-    gain = write_cell(mixed["times"]["eight passes"])
-    return [
-        f"## {dtype}",
-        "",
-        *write_table(rows),
-        "",
-        f"To generate {mixed['new']} tokens for eight rows with eight adapters, a pass for each row takes {gain} "
-        "times as long as a mixed batch.",
-        "",
-    ]
+    lines = [f"### {dtype}", "", *write_table(list_steps(results["steps"]), "training")]
+    lines += write_table(list_generation(results["generation"]), "inference")
+    for name in ("lengths", "depths"):
+        if results[name]:
+            lines += write_table(list_series(results[name]), name)
+    return [*lines, *write_adapters(results["adapters"]), write_mixed_batch(results["mixed_batch"]), ""]
+
+
+def draw_figure(report: dict[str, Any], path: Path) -> None:
+    """Bars of the ratios to the base model, for each case and method."""
+    figure, axes = plt.subplots(1, len(report["dtypes"]), figsize=(6 * len(report["dtypes"]), 4), squeeze=False)
+    for axis, (dtype, results) in zip(axes[0], report["dtypes"].items(), strict=True):
+        cases = {f"step\n{describe_step(step['case'])}": step["times"] for step in results["steps"]}
+        for result in results["generation"]:
+            cases[f"generation\n{result['case']['batch']} x {result['case']['context']}"] = result["times"]
+        for offset, name in enumerate((PREFIX, LORA, NATIVE)):
+            places = [index + 0.25 * (offset - 1) for index, times in enumerate(cases.values()) if name in times]
+            own = [times[name] for times in cases.values() if name in times]
+            errors = [[abs(item["ratio"] - item["quartiles"][side]) for item in own] for side in (0, 1)]
+            axis.bar(places, [item["ratio"] for item in own], 0.22, yerr=errors, capsize=2, label=name)
+        axis.axhline(1, color="black", linewidth=0.8)
+        axis.set_xticks(range(len(cases)), cases, fontsize=7)
+        axis.set_title(dtype)
+        axis.set_ylim(bottom=0.6)
+        axis.set_ylabel("time / base model")
+    axes[0][0].legend()
+    figure.tight_layout()
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, metadata={"Software": None})
+    plt.close(figure)
+
+
+def write_page(reports: dict[str, dict[str, Any]], docs: Path) -> None:
+    """Write the page and its figure.
+
+    Args:
+        reports (`dict[str, dict]`): what `measure.py` wrote, by the name of the setting; at least one.
+        docs (`Path`): directory of the documentation.
+    """
+    first = next(iter(reports.values()))
+    versions = ", ".join(f"{name} {number}" for name, number in first["versions"].items())
+    head = {"model": first["model"], "threads": first["threads"], "versions": versions}
+    lines = [INTRODUCTION.format(**head, rounds=first["setting"]["rounds"])]
+    draw_figure(first, docs / "images" / "performance.png")
+    lines += ["![Time of training steps and of generation](images/performance.png)", ""]
+    for name, report in reports.items():
+        lines += [f"## The {name} setting", ""]
+        for dtype, results in report["dtypes"].items():
+            lines += write_dtype(dtype, results)
+    (docs / "performance.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
 
 
 def main() -> None:
-    """Write the page."""
-    report = json.loads(RESULTS.read_text(encoding="utf-8"))
-    versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
-    setting = report["setting"]
-    lines = [
-        INTRODUCTION.format(
-            model=report["model"], threads=report["threads"], versions=versions, rounds=setting["rounds"]
-        )
-    ]
-    for dtype, results in report["dtypes"].items():
-        lines += write_dtype(dtype, results)
-    PAGE.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+    """Write the page of what has been measured."""
+    paths = [path for name in ("short", "full") if (path := HERE / f"{name}.json").exists()]
+    write_page({path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}, DOCS)
 
 
 if __name__ == "__main__":

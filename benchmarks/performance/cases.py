@@ -1,0 +1,132 @@
+"""What people do with a model that has an adapter, as runs that can be timed."""
+
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+
+Run = Callable[[], object]
+
+
+def draw_ids(model: nn.Module, batch: int, length: int) -> torch.Tensor:
+    """Random tokens, the same ones every time."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(5, model.get_input_embeddings().num_embeddings, (batch, length), generator=generator)
+
+
+def train_step(model: nn.Module, batch: int, length: int, checkpointing: bool = False) -> None:
+    """Forward and backward; of the base model, down to the input of its first layer."""
+    ids = draw_ids(model, batch, length)
+    model.train()
+    inputs = model.get_input_embeddings()(ids).detach().requires_grad_(True)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    try:
+        model(inputs_embeds=inputs, labels=ids, use_cache=False).loss.backward()
+    finally:
+        if checkpointing:
+            model.gradient_checkpointing_disable()
+    model.zero_grad(set_to_none=True)
+
+
+@torch.no_grad()
+def generate(model: nn.Module, batch: int, context: int, new: int) -> None:
+    """Greedy generation of a fixed number of tokens."""
+    ids = draw_ids(model, batch, context)
+    model.eval()
+    settings = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+    model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
+
+
+def count_saved_bytes(model: nn.Module, run: Run) -> int:
+    """Bytes that autograd keeps for the backward pass, each storage once, without the parameters."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run()
+    return sum(kept.values())
+
+
+def measure_peak(run: Run) -> int | None:
+    """By how many bytes a run raises the resident memory at its peak; `None` where the system does not tell."""
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not reset.exists():
+        return None
+    reset.write_text("5")
+    before = _read_kilobytes(status, "VmRSS")
+    run()
+    return 1024 * (_read_kilobytes(status, "VmHWM") - before)
+
+
+def _read_kilobytes(status: Path, name: str) -> int:
+    line = next(line for line in status.read_text().splitlines() if line.startswith(f"{name}:"))
+    return int(line.split()[1])
+
+
+def build_mixed_batch(model: PeftModel, names: list[str], context: int, new: int) -> dict[str, Run]:
+    """Generate for rows that each use another adapter: in one pass, and in one pass for each row."""
+    ids = draw_ids(model, len(names), context)
+    settings = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+
+    @torch.no_grad()
+    def run_mixed() -> None:
+        model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), adapter_names=names, **settings)
+
+    @torch.no_grad()
+    def run_each() -> None:
+        for row, name in enumerate(names):
+            model.set_adapter(name)
+            row_ids = ids[row : row + 1]
+            model.generate(input_ids=row_ids, attention_mask=torch.ones_like(row_ids), **settings)
+
+    return {"mixed": run_mixed, "one pass for each": run_each}
+
+
+def build_switch(model: PeftModel, names: list[str], times: int = 20) -> Run:
+    """Make one adapter after the other the active one."""
+
+    def run() -> None:
+        for number in range(times):
+            model.set_adapter(names[number % len(names)])
+
+    return run
+
+
+def build_loading(model: PeftModel, directory: str, name: str = "default") -> Run:
+    """Load one more adapter from the disk, and delete it."""
+    model.save_pretrained(directory, selected_adapters=[name])
+
+    def run() -> None:
+        model.load_adapter(directory, adapter_name="loaded")
+        model.delete_adapter("loaded")
+
+    return run
+
+
+def truncate_layers(model: PreTrainedModel, depth: int) -> PreTrainedModel:
+    """Leave the first layers only, in place."""
+    model.model.layers = model.model.layers[:depth]
+    model.config.num_hidden_layers = depth
+    return model
+
+
+def build_runs(models: dict[str, nn.Module], case: Callable[..., object], **settings: object) -> dict[str, Run]:
+    """The same case for each model."""
+    return {name: partial(case, model, **settings) for name, model in models.items()}
+
+
+def open_directory() -> tempfile.TemporaryDirectory[str]:
+    """A directory for adapters, deleted at the end."""
+    return tempfile.TemporaryDirectory(prefix="adapters-")

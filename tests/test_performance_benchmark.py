@@ -1,0 +1,86 @@
+"""The performance benchmark runs from the measurement to its page, and its rounds are fair."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import build_model
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "performance"))
+
+from cases import count_saved_bytes, draw_ids, measure_peak, truncate_layers
+from measure import Measurement
+from performance_page import write_page
+from rivals import BARE, CONFIGS, build_rivals, share_weights
+from rounds import subtract, summarize, time_rounds
+
+SETTING = {
+    "rounds": 2,
+    "steps": [{"batch": 2, "length": 8}, {"batch": 2, "length": 8, "checkpointing": True}],
+    "generation": [{"batch": 2, "context": 8, "new": 3}],
+    "mixed": {"context": 4, "new": 2},
+    "lengths": [1],
+    "depths": [1],
+}
+
+
+def test_what_is_measured_makes_a_page(tmp_path):
+    base = build_model("llama", max_position_embeddings=512)
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    results = Measurement(base, SETTING).run()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
+    assert set(results["steps"][0]["times"]) == {BARE, *CONFIGS}
+    assert all(step["times"][BARE]["ratio"] == 1 for step in results["steps"])
+    report = {"model": "tiny", "threads": 1, "setting": SETTING, "versions": {}, "dtypes": {"float32": results}}
+    write_page({"short": report}, tmp_path)
+    page = (tmp_path / "performance.md").read_text()
+    assert "step, 2 x 8 tokens, checkpointing" in page
+    assert (tmp_path / "images" / "performance.png").stat().st_size > 1000
+
+
+def test_rivals_share_all_weights_of_the_base_model():
+    base = build_model("llama")
+    own = {tensor.data_ptr() for tensor in base.state_dict().values()}
+    for name, model in build_rivals(base).items():
+        assert own <= {tensor.data_ptr() for tensor in model.state_dict().values()}, name
+    shallow = truncate_layers(share_weights(base), 1)
+    assert len(shallow.model.layers) == 1 < len(base.model.layers)
+
+
+def test_a_round_has_every_run_once_and_the_first_does_not_count():
+    order: list[str] = []
+    runs = {name: lambda name=name: order.append(name) for name in "abc"}
+    seconds = time_rounds(runs, 3)
+    assert all(len(own) == 3 for own in seconds.values())
+    assert all(set(order[start : start + 3]) == set("abc") for start in range(0, 12, 3))
+    assert len(order) == 12
+    assert len({tuple(order[start : start + 3]) for start in range(0, 12, 3)}) > 1
+
+
+def test_ratios_are_taken_within_a_round():
+    # A slow phase of the machine hits both.
+    seconds = {"own": [2.0, 20.0, 4.0], "base": [1.0, 10.0, 2.0]}
+    assert summarize(seconds, "base")["own"] == {"seconds": 4.0, "ratio": 2.0, "quartiles": [2.0, 2.0]}
+    assert subtract(seconds, {"own": [1.0, 1.0, 1.0], "base": [0.5, 0.5, 0.5]})["own"] == [1.0, 19.0, 3.0]
+
+
+def test_saved_bytes_are_those_of_distinct_storages():
+    layer = torch.nn.Linear(3, 3)
+    inputs = torch.randn(5, 3, requires_grad=True)
+    # Each factor is the input, or a view of it; the weight is a parameter.
+    assert count_saved_bytes(layer, lambda: (layer(inputs) + inputs * inputs[:]).sum()) == 5 * 3 * 4
+
+
+def test_the_peak_sees_what_is_freed_again():
+    peak = measure_peak(lambda: torch.ones(50_000_000).sum())
+    if peak is None:
+        pytest.skip("the system does not tell the peak of the memory")
+    assert peak > 150_000_000
+
+
+def test_ids_are_drawn_from_the_vocabulary():
+    model = build_model("llama")
+    ids = draw_ids(model, 4, 50)
+    assert ids.max() < model.config.vocab_size
+    assert torch.equal(ids, draw_ids(model, 4, 50))
