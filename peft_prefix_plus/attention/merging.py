@@ -126,7 +126,7 @@ class _AttentionByParts(torch.autograd.Function):
         precise = torch.promote_types(gradient.dtype, torch.float32)
         query, key, value, keys, values, output, gradient = (item.to(precise) for item in (*inputs, output, gradient))
         merged = gradient, query, output, weight
-        of_query, *of_prefix = _differentiate(*merged, keys, values, _widen_prefix_mask(prefix_mask), False, scaling)
+        of_query, *of_prefix = _differentiate_prefix(*merged, keys, values, prefix_mask, scaling)
         of_tokens: tuple[Tensor | None, ...] = (None, None, None)
         # The first layer of a frozen model has nothing behind it that trains.
         if any(ctx.needs_input_grad[:3]):
@@ -149,7 +149,7 @@ def _attend_to_both(
 ) -> tuple[Tensor, Tensor]:
     """Output `[batch, heads, queries, dim]`, and the log-sum-exp of all scores `[batch, heads, queries]`."""
     tokens = _attend(query, key, value, mask, is_causal, scaling)
-    prefix = _attend(query, keys, values, _widen_prefix_mask(prefix_mask), False, scaling)
+    prefix = _attend_to_prefix(query, keys, values, prefix_mask, scaling)
     return _merge(*tokens, *prefix), torch.logaddexp(tokens[1], prefix[1])
 
 
@@ -169,14 +169,48 @@ def _attend_with_one_query(
     if mask is not None and mask.shape[1] > 1:
         mask = mask.reshape(mask.shape[0], kv_heads, grouped.shape[2], -1)
     tokens = _attend(grouped, key, value, mask, False, scaling)
-    if keys.shape[0] == 1 and prefix_mask is None:
-        # All rows share the prefix: they are queries of one row.
-        rows = grouped.transpose(0, 1).reshape(1, kv_heads, -1, dim)
-        parts = _attend(rows, keys, values, None, False, scaling)
-        of_prefix, weight = (item.view(kv_heads, batch, -1, *item.shape[3:]).transpose(0, 1) for item in parts)
-    else:
-        of_prefix, weight = _attend(grouped, keys, values, _widen_prefix_mask(prefix_mask), False, scaling)
-    return _merge(*tokens, of_prefix, weight).reshape(query.shape)
+    prefix = _attend_to_prefix(grouped, keys, values, prefix_mask, scaling)
+    return _merge(*tokens, *prefix).reshape(query.shape)
+
+
+def _attend_to_prefix(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float | None
+) -> tuple[Tensor, Tensor]:
+    if keys.shape[0] > 1 or mask is not None:
+        return _attend(query, keys, values, _widen_prefix_mask(mask), False, scaling)
+    output, weight = _attend(_join_rows(query), keys, values, None, False, scaling)
+    return _part_rows(output, query.shape[0]), _part_rows(weight, query.shape[0])
+
+
+def _differentiate_prefix(
+    gradient: Tensor,
+    query: Tensor,
+    output: Tensor,
+    weight: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    merged = gradient, query, output, weight
+    if keys.shape[0] > 1 or mask is not None:
+        return _differentiate(*merged, keys, values, _widen_prefix_mask(mask), False, scaling)
+    gradient, query_rows, output, weight = (_join_rows(item) for item in merged)
+    of_query, of_keys, of_values = _differentiate(
+        gradient, query_rows, output, weight, keys, values, None, False, scaling
+    )
+    return _part_rows(of_query, query.shape[0]), of_keys, of_values
+
+
+def _join_rows(states: Tensor) -> Tensor:
+    """`[batch, heads, queries, ...]` to `[1, heads, batch * queries, ...]`: rows that share a prefix are one row."""
+    return states.transpose(0, 1).flatten(1, 2)[None]
+
+
+def _part_rows(states: Tensor, batch: int) -> Tensor:
+    """The inverse of [`_join_rows`]."""
+    rows = states.reshape(states.shape[1], batch, -1, *states.shape[3:])
+    return rows.transpose(0, 1)
 
 
 def _merge(output: Tensor, weight: Tensor, prefix_output: Tensor, prefix_weight: Tensor) -> Tensor:
