@@ -116,6 +116,15 @@ def test_resume_from_the_last_checkpoint(train, capsys):
     assert "no checkpoint" in capsys.readouterr().err
 
 
+def test_a_prefix_starts_from_training_examples(train):
+    config = json.loads((train("--num_init_examples", "2") / "adapter_config.json").read_text())
+    drawn = {line for line in config["prefix_init_text"].splitlines() if " plus " in line}
+    assert len(drawn) == 2 <= config["num_virtual_tokens"] and drawn <= {row["source"] for row in ROWS}
+    both = train("--num_init_examples", "2", "--prefix_init_text", "Add:", output_dir="both")
+    text = json.loads((both / "adapter_config.json").read_text())["prefix_init_text"]
+    assert text == config["prefix_init_text"] + "Add:"
+
+
 def test_json_options_and_patterns(train):
     directory = train("--num_virtual_tokens_pattern", '{"layers.0.self_attn": 0}', "--num_virtual_tokens", "4")
     config = json.loads((directory / "adapter_config.json").read_text())
@@ -134,6 +143,8 @@ def test_json_options_and_patterns(train):
         (["--max_length", "-5"], "--max_length"),
         (["--max_length", "1"], "--max_length"),
         (["--max_train_examples", "0"], "--max_train_examples"),
+        (["--num_init_examples", "13"], "13"),
+        (["--num_init_examples", "2", "--prefix_init_token_ids", "3"], "not both"),
     ],
 )
 def test_bad_input_gives_one_line_and_status_1(train, capsys, words, part):

@@ -56,10 +56,15 @@ class DataArguments:
         default="{source}\n", metadata={"help": "Turns the source of a row with references into a prompt."}
     )
     max_length: int = field(default=1024, metadata={"help": "Longest training input in tokens."})
+    num_init_examples: int = field(
+        default=0,
+        metadata={"help": "Training examples that the prefix starts from, in front of --prefix_init_text."},
+    )
 
     def __post_init__(self) -> None:
         check_minimum(self, 2, "max_length")
         check_minimum(self, 1, "max_train_examples", "max_eval_examples")
+        check_minimum(self, 0, "num_init_examples")
         # A shell hands over a backslash and an n where a line break was meant.
         self.prompt_template = self.prompt_template.replace("\\n", "\n")
 

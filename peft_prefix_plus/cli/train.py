@@ -16,7 +16,7 @@ from transformers import (
 
 from ..base_models import load_base_model, locate_tokenizer
 from ..config import PrefixPlusConfig
-from ..examples import Example, load_examples, tokenize_examples
+from ..examples import Example, load_examples, tokenize_examples, write_demonstrations
 from ..interruption import find_checkpoint_damage, find_last_complete_checkpoint
 from ..model_card import update_model_card
 from .arguments import DataArguments, ModelArguments, PrefixArguments, build_config, parse_arguments
@@ -85,9 +85,16 @@ def run(words: Sequence[str]) -> None:
         )
     check_processes(training_arguments)
     set_seed(training_arguments.seed)
-    config = build_config(prefix_arguments, task_type="CAUSAL_LM")
+    # Before the model is loaded, which takes longer than to find a mistake.
+    build_config(prefix_arguments)
     model, tokenizer = _load(model_arguments)
     train_examples, eval_examples = _load_data(data_arguments, tokenizer)
+    if data_arguments.num_init_examples:
+        demonstrations = write_demonstrations(
+            train_examples, data_arguments.num_init_examples, training_arguments.seed
+        )
+        prefix_arguments.prefix_init_text = demonstrations + (prefix_arguments.prefix_init_text or "")
+    config = build_config(prefix_arguments, task_type="CAUSAL_LM")
     peft_model = get_peft_model(model, _with_tokenizer(config, model_arguments.model_name_or_path))
     peft_model.print_trainable_parameters()
     trainer = build_trainer(
