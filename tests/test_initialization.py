@@ -17,6 +17,7 @@ from peft_prefix_plus import PrefixPlusConfig, PrefixPlusLayer, capture_prefix_s
 from peft_prefix_plus.architectures import AttentionGeometry, find_attention_modules, read_geometry
 from peft_prefix_plus.config import DEFAULT_NUM_VIRTUAL_TOKENS, PREFIX_INITS
 from peft_prefix_plus.initialization import (
+    VALUE_STEP,
     build_initial_states,
     capture_states,
     fit_token_ids,
@@ -174,7 +175,7 @@ def build_states(prefix_init: str, seed: int = 0, length: int = 300, dtype: torc
 def test_random_states_have_the_scale_of_the_models_own():
     states, _ = build_states("random")
     for anchor, scale in states.values():
-        for drawn, size in ((anchor.keys, scale.keys), (anchor.values, scale.values)):
+        for drawn, size in ((anchor.keys, scale.keys), (anchor.values, scale.values / VALUE_STEP)):
             normalized = drawn / size
             assert abs(normalized.mean().item()) < 0.05
             assert_close(normalized.square().mean(dim=(-1, -2)).sqrt(), torch.ones(1, 2), atol=0.06, rtol=0)
@@ -196,11 +197,11 @@ def test_zero_states_are_zero_and_keep_the_scale():
 
 
 @pytest.mark.parametrize("prefix_init", ["vocab", "random", "zero"])
-def test_the_scale_is_the_root_mean_square_of_captured_states(prefix_init):
+def test_the_scale_is_the_root_mean_square_of_captured_states_and_larger_for_values(prefix_init):
     states, model = build_states(prefix_init, length=11)
     captured = capture_prefix_states(model, sample_vocabulary(model, 11, 0))
     for name, (_, scale) in states.items():
-        for size, own in ((scale.keys, captured[name].keys), (scale.values, captured[name].values)):
+        for size, own in ((scale.keys, captured[name].keys), (scale.values / VALUE_STEP, captured[name].values)):
             assert size.shape == (1, 2, 1, 1)
             expected = [own[0, head].square().mean().sqrt() for head in range(2)]
             assert_close(size.flatten(), torch.stack(expected))
@@ -279,7 +280,7 @@ def test_a_module_that_cannot_be_reached_starts_from_random_numbers_of_its_shape
     assert anchor.keys.shape == (1, 2, 3, 200) and anchor.values.shape == (1, 2, 3, 400)
     assert torch.equal(anchor.keys, again.keys) and torch.equal(anchor.values, again.values), "the seed decides"
     assert_close(anchor.keys.square().mean().sqrt(), torch.tensor(1.0), atol=0.1, rtol=0)
-    assert torch.equal(scale.keys, torch.ones(1, 2, 1, 1)) and torch.equal(scale.values, torch.ones(1, 2, 1, 1))
+    assert torch.equal(scale.keys, torch.ones(1, 2, 1, 1)) and torch.equal(scale.values, VALUE_STEP * scale.keys)
 
 
 @pytest.mark.parametrize("prefix_init", ["tokens", "text"])
