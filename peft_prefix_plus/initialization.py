@@ -13,7 +13,6 @@ from .capture import CaptureError, capture_noise_states, capture_prefix_states
 from .config import DEFAULT_NUM_VIRTUAL_TOKENS, PrefixPlusConfig
 from .states import PrefixStates
 
-
 # A step of training moves values further than keys, each relative to the model's own: it trains better, see the docs.
 VALUE_STEP = 2.0
 

@@ -14,8 +14,8 @@ class PrefixEncoder(nn.Module):
 
     The anchor (frozen) holds where training starts, usually the keys and values of real tokens. The delta (trained) is
     zero at the start, so step 0 is the anchor exactly, and weight decay pulls back to the anchor, not to zero. The
-    scale (frozen) follows the magnitude of the model's own keys and values per head, so that one learning rate fits all
-    layers. Subclasses say how the delta is parameterized, in [`compute_delta`].
+    scale (frozen) follows the magnitude of the model's own keys and values per head, so that one learning rate fits
+    all layers. Subclasses say how the delta is parameterized, in [`compute_delta`].
 
     Args:
         geometry ([`AttentionGeometry`]): heads, dimensions and device of the attention module.
