@@ -57,11 +57,10 @@ class PrefixPlusConfig(PeftConfig):
         ensure_weight_tying (`bool`):
             Keep embeddings tied that the base model ties, where tokens are trained. Default `False`.
         projection (`str`):
-            How the trained difference from the initial keys and values is produced, per layer. `"mlp"` (default): a
-            two-layer network on an embedding per virtual token. `"linear"`: one linear map of the embedding. `"none"`:
-            a free tensor.
+            How the trained difference from the initial keys and values is produced, per layer. `"linear"` (default): a
+            linear map of an embedding per virtual token. `"mlp"`: a two-layer network on it. `"none"`: a free tensor.
         projection_dim (`int`):
-            Width of the projection, default 64. Unused by `"none"`.
+            Width of the projection, default 16. Unused by `"none"`.
         prefix_dropout (`float`):
             Dropout probability while training, in `[0, 1)`, default 0.
         prefix_dropout_mode (`str`):
@@ -119,10 +118,10 @@ class PrefixPlusConfig(PeftConfig):
         default=False, metadata={"help": "Keep embeddings tied that the base model ties, where tokens are trained."}
     )
     projection: str = field(
-        default="mlp",
+        default="linear",
         metadata={"help": "How the trained difference is produced, per layer.", "choices": list(PROJECTIONS)},
     )
-    projection_dim: int = field(default=64, metadata={"help": "Width of the per-layer projection."})
+    projection_dim: int = field(default=16, metadata={"help": "Width of the per-layer projection."})
     prefix_dropout: float = field(default=0.0, metadata={"help": "Dropout probability, training only."})
     prefix_dropout_mode: str = field(
         default="token",

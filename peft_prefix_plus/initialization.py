@@ -14,7 +14,7 @@ from .config import DEFAULT_NUM_VIRTUAL_TOKENS, PrefixPlusConfig
 from .states import PrefixStates
 
 # A step of training moves values further than keys, each relative to the model's own: it trains better, see the docs.
-VALUE_STEP = 2.0
+VALUE_STEP = 4.0
 
 
 class InitialStates(NamedTuple):

@@ -127,7 +127,7 @@ def test_valid_settings_are_accepted(settings):
 def test_defaults():
     config = PrefixPlusConfig()
     assert config.peft_type is PREFIX_PLUS
-    assert (config.projection, config.projection_dim) == ("mlp", 64)
+    assert (config.projection, config.projection_dim) == ("linear", 16)
     assert (config.prefix_dropout, config.prefix_dropout_mode) == (0.0, "token")
     assert (config.prefix_init, config.prefix_init_seed, config.num_frozen_tokens) == ("vocab", 0, 0)
     assert config.num_virtual_tokens is None and config.target_modules is None

@@ -72,7 +72,7 @@ def test_the_users_config_keeps_its_projection():
     config = PrefixPlusConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     model = get_peft_model(build_model("llama"), config)
     model.fold_prefix()
-    assert config.projection == "mlp" and model.active_peft_config.projection == "none"
+    assert config.projection == "linear" and model.active_peft_config.projection == "none"
 
 
 @pytest.mark.parametrize("names", ["nope", ["default", "nope"]])

@@ -23,7 +23,7 @@ from .arguments import DataArguments, ModelArguments, PrefixArguments, build_con
 
 # What suits a prefix; the rest are the defaults of `TrainingArguments`.
 DEFAULTS: dict[str, Any] = {
-    "learning_rate": 1e-2,
+    "learning_rate": 3e-2,
     "warmup_steps": 0.1,
     "weight_decay": 0.0,
     "logging_steps": 10,

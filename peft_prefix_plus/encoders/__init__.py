@@ -14,7 +14,7 @@ def build_encoder(
     geometry: AttentionGeometry,
     num_virtual_tokens: int,
     num_frozen_tokens: int = 0,
-    projection_dim: int = 64,
+    projection_dim: int = 16,
 ) -> PrefixEncoder:
     """Build the encoder that `projection` names.
 

@@ -23,7 +23,7 @@ class LinearPrefix(PrefixEncoder):
         geometry: AttentionGeometry,
         num_virtual_tokens: int,
         num_frozen_tokens: int = 0,
-        projection_dim: int = 64,
+        projection_dim: int = 16,
     ) -> None:
         super().__init__(geometry, num_virtual_tokens, num_frozen_tokens)
         device = geometry.device
@@ -62,7 +62,7 @@ class MLPPrefix(LinearPrefix):
         geometry: AttentionGeometry,
         num_virtual_tokens: int,
         num_frozen_tokens: int = 0,
-        projection_dim: int = 64,
+        projection_dim: int = 16,
     ) -> None:
         super().__init__(geometry, num_virtual_tokens, num_frozen_tokens, projection_dim)
         device = geometry.device
