@@ -4,7 +4,7 @@ CONSTRAINTS ?= constraints.txt
 WORKERS ?= 2
 MODEL ?= smollm2-wheel
 OUTPUT ?= demo-output
-EXPERIMENT ?= benchmarks/experiments/e2e.json
+EXPERIMENT ?= benchmarks/experiments/short.json
 
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -22,7 +22,7 @@ help:
 	@echo "make quality        check style and types"
 	@echo "make docs           build the documentation into build/docs"
 	@echo "make bench-performance  measure speed and memory, write docs/performance.md (15 minutes)"
-	@echo "make bench-quality  run an experiment (DATA=directory of the data sets, EXPERIMENT=$(EXPERIMENT))"
+	@echo "make bench-quality  run an experiment, write docs/quality.md (DATA=directory of the data sets, EXPERIMENT=$(EXPERIMENT))"
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/prefix-plus demo --model_name_or_path $(MODEL) --output_dir $(OUTPUT)
@@ -60,6 +60,7 @@ docs: $(VENV)/.installed-docs
 
 bench-quality: check-data $(VENV)/.installed-demo
 	$(BIN)/python benchmarks/run.py $(EXPERIMENT) --data $(DATA)
+	$(BIN)/python benchmarks/quality_page.py
 
 bench-performance: $(VENV)/.installed-demo
 	$(BIN)/python benchmarks/performance/measure.py --setting short --output benchmarks/performance/short.json

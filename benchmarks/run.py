@@ -3,14 +3,12 @@
     python benchmarks/run.py benchmarks/experiments/e2e.json --data DIR
 
 `DIR` holds the data sets (`e2e/train.jsonl`, ...). Every finished run is written to `benchmarks/results/` at once;
-runs that are already there are not repeated.
+runs that are already there are not repeated. Several processes may work on one experiment, each with its own `--only`.
 """
 
 import argparse
-import json
-import math
 import platform
-import resource
+import random
 import tempfile
 import time
 from pathlib import Path
@@ -20,89 +18,102 @@ import accelerate
 import peft
 import torch
 import transformers
-from methods import build_method, remove_method
-from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments, set_seed
+from experiment_files import load_experiment
+from methods import AppliedMethod, build_method, remove_method
+from peak_memory import read_peak_memory_mib, reset_peak_memory
+from results_file import BASE_MODEL, ResultsFile, Run, choose_learning_rate
+from segment_scores import is_finite, score_records
+from tasks import build_task
+from transformers import Trainer, TrainingArguments, set_seed
 
 import peft_prefix_plus
-from peft_prefix_plus.base_models import load_base_model
-from peft_prefix_plus.evaluation import compute_loss, evaluate_model
-from peft_prefix_plus.examples import load_examples, tokenize_examples
 
 RESULTS = Path(__file__).parent / "results"
+DEV = "dev"
 VERSIONS = {
     module.__name__: module.__version__ for module in (torch, transformers, peft, accelerate, peft_prefix_plus)
 } | {"python": platform.python_version()}
 
 
 class Benchmark:
-    """One experiment file with its data, its base model and its results.
+    """One experiment with its data, its base model and its results.
 
     Args:
         path (`Path`): the experiment file.
         data (`Path`): directory of the data sets.
+        results (`Path`): directory of the results files.
     """
 
-    def __init__(self, path: Path, data: Path) -> None:
-        self.experiment = json.loads(path.read_text())
-        self.results_path = RESULTS / path.name
-        self.runs: list[dict[str, Any]] = []
-        if self.results_path.exists():
-            self.runs = json.loads(self.results_path.read_text())["runs"]
-        task = self.experiment["task"]
-        self.model, self.tokenizer = load_base_model(self.experiment["model"], dtype=self.experiment["dtype"])
-        self.train = load_examples(str(data / task["train"]), self.tokenizer)
-        self.evaluation = load_examples(str(data / task["evaluation"]), self.tokenizer, limit=task.get("limit"))
+    def __init__(self, path: Path, data: Path, results: Path = RESULTS) -> None:
+        self.experiment = load_experiment(path)
+        self.results = ResultsFile(results / path.name, self.experiment)
+        self.task = build_task(self.experiment, data)
+        self._evaluations = list(self.experiment["task"]["evaluations"])
 
-    def run(self, names: list[str] | None) -> None:
+    def run(self, names: list[str] | None = None) -> None:
         """Run what is missing; only the methods of those names, if any are given."""
-        if not any(run["method"] == "base model" for run in self.runs):
-            self._add(self._measure_base_model())
-        seeds = self.experiment["seeds"]
-        for method in self.experiment["methods"]:
-            if names and method["name"] not in names:
-                continue
-            for learning_rate in method["learning_rates"]:
-                self._run_once(method, learning_rate, seeds[0])
-            for seed in seeds[1:]:
-                self._run_once(method, self._choose_learning_rate(method), seed)
+        unknown = sorted(set(names or ()) - set(self.experiment["methods"]))
+        if unknown:
+            raise ValueError(f"The experiment has no methods {unknown}; it has {list(self.experiment['methods'])}.")
+        self._measure_base_model()
+        for name in names or self.experiment["methods"]:
+            with tempfile.TemporaryDirectory() as directory:
+                self._run_method(name, Path(directory))
 
-    def _choose_learning_rate(self, method: dict[str, Any]) -> float:
-        """The rate with the least evaluation loss on the first seed."""
-        first = [
-            run for run in self.runs if run["method"] == method["name"] and run["seed"] == self.experiment["seeds"][0]
-        ]
-        best: float = min(first, key=lambda run: run["loss"])["learning_rate"]
-        return best
-
-    def _run_once(self, method: dict[str, Any], learning_rate: float, seed: int) -> None:
-        key = {"method": method["name"], "learning_rate": learning_rate, "seed": seed}
-        if any(key.items() <= run.items() for run in self.runs):
+    def _run_method(self, name: str, directory: Path) -> None:
+        """Choose the rate by the set `dev` alone; the other sets are for the chosen rate only."""
+        first_seed, *other_seeds = self.experiment["seeds"]
+        for learning_rate in self.experiment["methods"][name]["learning_rates"]:
+            self._run_once(name, learning_rate, first_seed, [DEV], directory)
+        chosen = choose_learning_rate(self.results.runs, name, first_seed)
+        if chosen is None:
+            print(f"--- {name}: every learning rate diverged", flush=True)
             return
-        print(f"--- {key}", flush=True)
+        for seed in (first_seed, *other_seeds):
+            self._run_once(name, chosen, seed, self._evaluations, directory)
+
+    def _run_once(self, name: str, learning_rate: float, seed: int, evaluations: list[str], directory: Path) -> None:
+        """Train and evaluate, or evaluate what is missing with the parameters of a run that was trained before."""
+        done = self.results.find(name, learning_rate, seed)
+        missing = [evaluation for evaluation in evaluations if done is None or evaluation not in done["scores"]]
+        if not missing or (done is not None and done["diverged"]):
+            return
+        print(f"--- {name}, learning rate {learning_rate:g}, seed {seed}: {', '.join(missing)}", flush=True)
+        applied, examples = self._build(name, seed)
+        kept = directory / f"{learning_rate:g}-{seed}.pt"
+        if done is not None and kept.exists():
+            applied.load_trainable(kept)
+        else:
+            trained = self._train(applied, examples, self.experiment["methods"][name], learning_rate, seed)
+            # If an earlier call has trained this run, its measurements stay.
+            done = done or {"method": name, "learning_rate": learning_rate, "seed": seed, **trained}
+            if evaluations != self._evaluations:
+                applied.save_trainable(kept)
+        run = done | self._evaluate(applied, missing)
+        remove_method(applied)
+        self._add(run)
+
+    def _build(self, name: str, seed: int) -> tuple[AppliedMethod, list[Any]]:
+        method = self.experiment["methods"][name]
+        examples = self.task.draw_examples(seed)
+        # A prefix that starts from examples starts from other ones for every seed.
+        start = random.Random(seed).sample(examples, len(examples))
         set_seed(seed)
-        model = build_method(
-            method["peft_type"], method["config"], self.model, self.tokenizer, self.experiment["task"]["init_text"]
+        applied = build_method(
+            method["peft_type"],
+            method["config"],
+            self.task.model,
+            self.task.tokenizer,
+            self.experiment["task"].get("init_text", ""),
+            start,
+            self.task.task_type,
         )
-        trainable, _ = model.get_nb_trainable_parameters()
-        initial_loss = compute_loss(model, self.tokenizer, self.evaluation[:20])
-        seconds, train_loss = self._train(model, learning_rate, seed, method.get("training", {}))
-        scores, texts = evaluate_model(model, self.tokenizer, self.evaluation, **self.experiment["generation"])
-        with tempfile.TemporaryDirectory() as directory:
-            model.save_pretrained(directory)
-            size = sum(file.stat().st_size for file in Path(directory).glob("*.safetensors"))
-        self.model = remove_method(model)
-        self._add(
-            key
-            | {"peft_type": method["peft_type"], "config": method["config"], "trainable_parameters": trainable}
-            | {"adapter_bytes": size, "train_seconds": seconds, "train_loss": train_loss}
-            | {"initial_loss_20_examples": initial_loss}
-            | scores
-            | {"samples": texts[:3], "versions": VERSIONS}
-        )
+        return applied, examples
 
     def _train(
-        self, model: peft.PeftModel, learning_rate: float, seed: int, own: dict[str, Any]
-    ) -> tuple[float, float]:
+        self, applied: AppliedMethod, examples: list[Any], method: dict[str, Any], learning_rate: float, seed: int
+    ) -> Run:
+        own = method.get("training", {})
         with tempfile.TemporaryDirectory() as directory:
             arguments = TrainingArguments(
                 output_dir=directory,
@@ -111,40 +122,69 @@ class Benchmark:
                 report_to="none",
                 save_strategy="no",
                 logging_steps=20,
+                disable_tqdm=True,
                 **(self.experiment["training"] | own),
             )
-            trainer = Trainer(
-                model=model,
-                args=arguments,
-                train_dataset=tokenize_examples(self.train, self.tokenizer),
-                data_collator=DataCollatorForSeq2Seq(self.tokenizer),
-            )
+            rows = self.task.tokenize(examples)
+            trainer = Trainer(applied.model, arguments, train_dataset=rows, data_collator=self.task.collator)
+            reset_peak_memory()
             start = time.perf_counter()
-            output = trainer.train()
-            return time.perf_counter() - start, output.training_loss
+            loss = trainer.train().training_loss
+            seconds, peak = time.perf_counter() - start, read_peak_memory_mib()
+        return {name: method[name] for name in ("peft_type", "config", "training") if name in method} | {
+            "trainable_parameters": applied.count_parameters(),
+            "adapter_bytes": applied.measure_bytes(),
+            "train_loss": loss if is_finite(loss) else None,
+            "train_seconds": round(seconds, 1),
+            "peak_memory_mib": peak,
+            "machine": describe_machine(),
+            "versions": VERSIONS,
+        }
 
-    def _measure_base_model(self) -> dict[str, Any]:
-        scores, _ = evaluate_model(self.model, self.tokenizer, self.evaluation, **self.experiment["generation"])
-        return {"method": "base model", "learning_rate": None, "seed": None, "trainable_parameters": 0} | scores
+    def _evaluate(self, applied: AppliedMethod, evaluations: list[str]) -> Run:
+        evaluated: Run = {"diverged": False, "scores": {}, "records": {}}
+        for name in evaluations:
+            records, samples = self.task.evaluate(applied.model, name)
+            if not is_finite(records["loss"]):
+                return {"diverged": True, "scores": {}, "records": {}}
+            evaluated["scores"][name] = score_records(records)
+            evaluated["records"][name] = records
+            if name == DEV:
+                evaluated["samples"] = samples
+        return evaluated
 
-    def _add(self, run: dict[str, Any]) -> None:
-        if not math.isfinite(run["loss"]):
-            run["loss"] = run["perplexity"] = 1e9
-        run["peak_memory_mib_of_process"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-        self.runs.append(run)
-        print({name: run[name] for name in ("method", "learning_rate", "seed", "loss", "bleu")}, flush=True)
-        self.results_path.parent.mkdir(exist_ok=True)
-        report = {"experiment": self.experiment, "runs": self.runs}
-        self.results_path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    def _measure_base_model(self) -> None:
+        run = {"method": BASE_MODEL, "learning_rate": None, "seed": None, "trainable_parameters": 0}
+        done = self.results.find(BASE_MODEL, None, None) or {"scores": {}}
+        missing = [name for name in self._evaluations if name not in done["scores"]]
+        if missing:
+            base = AppliedMethod(self.task.model, self.task.model)
+            self._add(run | {"versions": VERSIONS} | self._evaluate(base, missing))
+
+    def _add(self, run: Run) -> None:
+        self.results.add(run)
+        scores = {
+            name: {score: round(value, 3) for score, value in own.items()} for name, own in run["scores"].items()
+        }
+        print("diverged" if run["diverged"] else scores, flush=True)
+
+
+def describe_machine() -> dict[str, Any]:
+    """What times and memory can be compared on."""
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text().splitlines() if information.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return {"processor": names[0] if names else platform.processor(), "threads": torch.get_num_threads()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("experiment", type=Path, help="an experiment file")
     parser.add_argument("--data", type=Path, required=True, help="directory of the data sets")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="directory of the results files")
     parser.add_argument("--only", nargs="*", help="names of methods")
     arguments = parser.parse_args()
-    Benchmark(arguments.experiment, arguments.data).run(arguments.only)
+    Benchmark(arguments.experiment, arguments.data, arguments.results).run(arguments.only)
 
 
 if __name__ == "__main__":

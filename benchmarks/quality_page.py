@@ -1,0 +1,219 @@
+"""Writes docs/quality.md and its figures from what run.py measured.
+
+python benchmarks/quality_page.py
+"""
+
+import argparse
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from bootstrap import Difference, compare
+from method_results import (
+    MethodResults,
+    collect_results,
+    find_best_prefix_plus,
+    list_diverged,
+)
+from quality_figures import draw_parameters, draw_rates
+from segment_scores import SCORES
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).with_name("results")
+
+INTRODUCTION = """# Quality
+
+Made by `make bench-quality` from `benchmarks/results/*.json`; [Benchmarks](benchmarks.md) says how, and how to
+repeat it.
+
+Every method was trained with each of its learning rates on the first seed. The rate with the least loss on the set
+`dev` was then used for all seeds. Values are means over the seeds, with the least and the greatest in brackets.
+Rates are chosen on `dev`, so its values are slightly too good, for all methods alike; other sets had no part in any
+choice.
+"""
+NO_RESULTS = """
+There are no results yet. `make bench-quality DATA=directory` runs a short experiment and writes this page.
+"""
+COST = """Time and memory of training: means over the runs with the chosen rate, as ratios to those of LoRA on the same
+kind of machine. Other processes may have run beside them, so small differences mean nothing. A dash: not measured.
+"""
+DIFFERENCES = """### {name}: {best} minus the others
+
+{best} had the least loss on `dev` {choice}, and is compared here with every other method: the difference and its
+interval of 95 %, by paired bootstrap over the records (10,000 resamples, scores averaged over the seeds). Intervals
+that exclude zero are bold. They cover the choice of records, not that of seeds. For the loss lower is better, for
+everything else higher. Of {count} intervals, about one in twenty would exclude zero if there were no difference at
+all.
+"""
+
+
+def build_section(name: str, report: dict[str, Any], images: Path) -> list[str]:
+    """The lines about one results file; figures go to the directory `images`."""
+    results = collect_results(report)
+    trained = [result for result in results if result.peft_type is not None]
+    lines = [f"## {report['experiment']['name']}", "", *describe_setting(report), ""]
+    if not trained:
+        return [*lines, "No method has been measured yet.", ""]
+    for evaluation in report["experiment"]["task"]["evaluations"]:
+        measured = [result for result in results if evaluation in result.evaluations]
+        if measured:
+            lines += [f"### {name}: {evaluation}", "", *build_score_table(measured, evaluation), ""]
+    lines += [f"### {name}: cost", "", COST, *build_cost_table(trained), ""]
+    lines += describe_rates(trained, report)
+    best = find_best_prefix_plus(results)
+    rivals = [result for result in trained if result.peft_type != "PREFIX_PLUS"]
+    if best is not None and rivals:
+        count = sum(result.peft_type == "PREFIX_PLUS" for result in trained)
+        choice = f"of {count} PrefixPlus methods" if count > 1 else "as the only PrefixPlus method"
+        lines += build_comparison(name, best, choice, rivals)
+    draw_rates(trained, images / f"{name}_rates.svg")
+    draw_parameters(results, images / f"{name}_parameters.svg")
+    return [
+        *lines,
+        f"![Loss against learning rate](images/{name}_rates.svg)",
+        "",
+        f"![Scores against trained parameters](images/{name}_parameters.svg)",
+        "",
+    ]
+
+
+def describe_setting(report: dict[str, Any]) -> list[str]:
+    """What all runs have in common, in one paragraph."""
+    experiment = report["experiment"]
+    task, training = experiment["task"], experiment["training"]
+    sets = ", ".join(
+        f"`{name}` ({own['path']}" + (f", the first {own['limit']} records)" if "limit" in own else ")")
+        for name, own in task["evaluations"].items()
+    )
+    limit = f", {task['train_limit']} examples of it, drawn anew for each seed" if "train_limit" in task else ""
+    arguments = ", ".join(f"{name} {value}" for name, value in training.items())
+    versions = sorted({tuple(run["versions"].items()) for run in report["runs"]})
+    listed = "; ".join(", ".join(f"{name} {number}" for name, number in own) for own in versions)
+    return [
+        f"`{experiment['model']}` in {experiment['dtype']}. Trained on {task['train']}{limit}. Evaluated on {sets}. "
+        f"{arguments}. Seeds {', '.join(map(str, experiment['seeds']))}. {listed}."
+    ]
+
+
+def build_score_table(results: list[MethodResults], evaluation: str) -> list[str]:
+    """One row for each method, with its scores on a set."""
+    names = results[0].list_scores(evaluation)
+    rows = []
+    for result in results:
+        rate = "" if result.learning_rate is None else f"{result.learning_rate:g}"
+        seeds = "" if result.learning_rate is None else str(len(result.runs))
+        scores = (summarize(result.get_scores(evaluation, name), SCORES[name].digits) for name in names)
+        rows.append([result.name, f"{result.runs[0]['trainable_parameters']:,}", rate, seeds, *scores])
+    titles = [SCORES[name].title for name in names]
+    return write_table(["method", "trained parameters", "learning rate", "seeds", *titles], rows)
+
+
+def build_cost_table(results: list[MethodResults]) -> list[str]:
+    """Sizes, and time and memory of training as ratios to LoRA on the same machine."""
+    lora = next((result for result in results if result.peft_type == "LORA"), None)
+    rows = []
+    for result in results:
+        size = result.runs[0]["adapter_bytes"] / 1024
+        ratios = [write_ratio(result, lora, quantity) for quantity in ("train_seconds", "peak_memory_mib")]
+        rows.append([result.name, f"{result.runs[0]['trainable_parameters']:,}", f"{size:,.0f}", *ratios])
+    return write_table(
+        ["method", "trained parameters", "adapter KB", "training time / LoRA", "peak memory / LoRA"], rows
+    )
+
+
+def write_ratio(result: MethodResults, lora: MethodResults | None, quantity: str) -> str:
+    """The ratio of two means over runs on one machine, or a dash if there are none."""
+    machine = result.runs[0]["machine"]
+    means = []
+    for own in (result, lora):
+        runs = own.runs if own is not None else []
+        values = [run[quantity] for run in runs if run["machine"] == machine and run[quantity]]
+        if not values:
+            return "–"
+        means.append(mean(values))
+    return f"{means[0] / means[1]:.2f}"
+
+
+def describe_rates(results: list[MethodResults], report: dict[str, Any]) -> list[str]:
+    """Which methods may do better with a rate that was not tried, and what diverged."""
+    lines = []
+    ends = [result.name for result in results if result.rate_is_at_an_end]
+    if ends:
+        lines += [
+            f"The chosen rate is at an end of those tried, so another may be better still: {', '.join(ends)}.",
+            "",
+        ]
+    diverged = list_diverged(report)
+    if diverged:
+        lines += [f"Diverged: {', '.join(diverged)}.", ""]
+    return lines
+
+
+def build_comparison(name: str, best: MethodResults, choice: str, rivals: list[MethodResults]) -> list[str]:
+    """The table of differences, and in words every rival that is better on some score."""
+    rows, better, count = [], [], 0
+    columns = [(evaluation, score) for evaluation in best.evaluations for score in best.list_scores(evaluation)]
+    for rival in rivals:
+        row = [rival.name]
+        for evaluation, score in columns:
+            if evaluation not in rival.evaluations:
+                row.append("–")
+                continue
+            difference = compare(best.get_records(evaluation), rival.get_records(evaluation), score)
+            count += 1
+            row.append(write_difference(difference, SCORES[score].digits))
+            if difference.excludes_zero and (difference.value > 0) != SCORES[score].higher_is_better:
+                better.append(f"- {rival.name}: {SCORES[score].title} on {evaluation}, {row[-1].replace('*', '')}")
+        rows.append(row)
+    titles = [f"{evaluation}: {SCORES[score].title}" for evaluation, score in columns]
+    verdict = [f"Better than {best.name}, with an interval that excludes zero:", "", *better]
+    if not better:
+        verdict = [f"No other method is better than {best.name} on any score with an interval that excludes zero."]
+    introduction = DIFFERENCES.format(name=name, best=best.name, choice=choice, count=count)
+    return [introduction, *write_table(["minus", *titles], rows), "", *verdict, ""]
+
+
+def write_difference(difference: Difference, digits: int) -> str:
+    """A difference with its interval, bold if that excludes zero."""
+    value, lower, upper = (f"{number:+.{digits}f}" for number in difference)
+    mark = "**" if difference.excludes_zero else ""
+    return f"{mark}{value} ({lower} to {upper}){mark}"
+
+
+def summarize(values: Iterable[float], digits: int) -> str:
+    """`mean (least to greatest)`, or the only value."""
+    listed = list(values)
+    if len(listed) == 1:
+        return f"{listed[0]:.{digits}f}"
+    return f"{mean(listed):.{digits}f} ({min(listed):.{digits}f} to {max(listed):.{digits}f})"
+
+
+def write_table(titles: list[str], rows: list[list[str]]) -> list[str]:
+    """A Markdown table."""
+    return [f"| {' | '.join(line)} |" for line in (titles, ["---"] * len(titles), *rows)]
+
+
+def write_page(results: Path, docs: Path) -> Path:
+    """Write `quality.md` and `images/` into `docs` from the files in `results`; returns the page."""
+    lines = [INTRODUCTION]
+    paths = sorted(results.glob("*.json"))
+    for path in paths:
+        lines += build_section(path.stem, json.loads(path.read_text(encoding="utf-8")), docs / "images")
+    docs.mkdir(parents=True, exist_ok=True)
+    page = docs / "quality.md"
+    page.write_text("\n".join(lines) if paths else INTRODUCTION + NO_RESULTS, encoding="utf-8")
+    return page
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--results", type=Path, default=RESULTS, help="directory of the results files")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="where the page goes")
+    arguments = parser.parse_args()
+    print(write_page(arguments.results, arguments.docs))
+
+
+if __name__ == "__main__":
+    main()
