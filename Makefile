@@ -9,7 +9,7 @@ EXPERIMENT ?= benchmarks/experiments/short.json
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-oldest matrix modes bench-performance behaviours style quality docs bench-quality check-data
+.PHONY: help demo test test-oldest matrix modes bench-performance behaviours style quality docs bench-data bench-quality check-data
 
 help:
 	@echo "make demo           train, evaluate and report on a small data set (MODEL=$(MODEL) OUTPUT=$(OUTPUT))"
@@ -22,6 +22,7 @@ help:
 	@echo "make quality        check style and types"
 	@echo "make docs           build the documentation into build/docs"
 	@echo "make bench-performance  measure speed and memory, write docs/performance.md (15 minutes)"
+	@echo "make bench-data     make the data sets of the benchmark that are free to fetch, in DATA=directory (1 minute)"
 	@echo "make bench-quality  run an experiment, write docs/quality.md (DATA=directory of the data sets, EXPERIMENT=$(EXPERIMENT))"
 
 demo: $(VENV)/.installed-demo
@@ -58,11 +59,14 @@ quality: $(VENV)/.installed-test
 docs: $(VENV)/.installed-docs
 	$(BIN)/mkdocs build --strict
 
-bench-quality: check-data $(VENV)/.installed-demo
+bench-data: check-data $(VENV)/.installed-bench
+	$(BIN)/python -m benchmarks.data_sources.prepare --output $(DATA)
+
+bench-quality: check-data $(VENV)/.installed-bench
 	$(BIN)/python benchmarks/run.py $(EXPERIMENT) --data $(DATA)
 	$(BIN)/python benchmarks/quality_page.py
 
-bench-performance: $(VENV)/.installed-demo
+bench-performance: $(VENV)/.installed-bench
 	$(BIN)/python benchmarks/performance/measure.py --setting short --output benchmarks/performance/short.json
 	$(BIN)/python benchmarks/performance/performance_page.py
 

@@ -19,7 +19,7 @@ SETTING = {
     "rounds": 2,
     "steps": [{"batch": 2, "length": 8}, {"batch": 2, "length": 8, "checkpointing": True}],
     "generation": [{"batch": 2, "context": 8, "new": 3}],
-    "mixed": {"context": 4, "new": 2},
+    "mixed": [{"context": 4, "new": 2}],
     "lengths": [1],
     "depths": [1],
 }
@@ -36,7 +36,7 @@ def test_what_is_measured_makes_a_page(tmp_path):
     write_page({"short": report}, tmp_path)
     page = (tmp_path / "performance.md").read_text()
     assert "step, 2 x 8 tokens, checkpointing" in page
-    assert (tmp_path / "images" / "performance.png").stat().st_size > 1000
+    assert (tmp_path / "images" / "performance_short.png").stat().st_size > 1000
 
 
 def test_rivals_share_all_weights_of_the_base_model():

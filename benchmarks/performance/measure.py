@@ -42,7 +42,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "rounds": 5,
         "steps": [{"batch": 4, "length": 96}, {"batch": 4, "length": 96, "checkpointing": True}],
         "generation": [{"batch": 4, "context": 256, "new": 33}, {"batch": 1, "context": 64, "new": 33}],
-        "mixed": {"context": 64, "new": 16},
+        "mixed": [{"context": 64, "new": 16}, {"context": 64, "new": 64}],
         "lengths": [],
         "depths": [],
     },
@@ -59,7 +59,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
             for batch in (1, 4, 16)
             for context in (64, 256, 1024, 2048)
         ],
-        "mixed": {"context": 64, "new": 16},
+        "mixed": [{"context": 64, "new": 16}, {"context": 64, "new": 64}],
         "lengths": [1, 4, 16, 64, 256],
         "depths": [6, 12, 18, 24, 30],
     },
@@ -90,7 +90,7 @@ class Measurement:
             "lengths": [self.measure_length(length) for length in self.setting["lengths"]],
             "depths": [self.measure_depth(depth) for depth in self.setting["depths"]],
             "adapters": self.measure_adapters(),
-            "mixed_batch": self.measure_mixed_batch(**self.setting["mixed"]),
+            "mixed_batches": self.measure_mixed_batches(),
         }
 
     def measure_step(self, models: dict[str, nn.Module], **step: Any) -> dict[str, Any]:
@@ -143,13 +143,16 @@ class Measurement:
             self.models[name].set_adapter("default")
         return _report(times)
 
-    def measure_mixed_batch(self, context: int, new: int) -> dict[str, Any]:
+    def measure_mixed_batches(self) -> list[dict[str, Any]]:
         """One pass over eight rows with eight adapters against eight passes of one row."""
         model: Any = self.models[PREFIX]
         names = [f"adapter{number}" for number in range(8)]
         for number, name in enumerate(names):
             model.add_adapter(name, build_prefix("none", 16 + number))
         model.eval()
+        return [self._measure_mixed_batch(model, names, **case) for case in self.setting["mixed"]]
+
+    def _measure_mixed_batch(self, model: Any, names: list[str], context: int, new: int) -> dict[str, Any]:
         runs = build_mixed_batch(model, names, context, new)
         # What the same rows cost the base model tells how much of the gain is that of any batch.
         bare: Any = self.models[BARE]

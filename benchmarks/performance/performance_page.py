@@ -16,15 +16,15 @@ DOCS = HERE.parents[1] / "docs"
 
 INTRODUCTION = """# Speed and memory
 
-Measured with {model}, {threads} threads on a CPU, and {versions}.
 `make bench-performance` makes the measurements of the short setting, in 15 minutes, and this page. The full setting
 takes two hours:
 
     python benchmarks/performance/measure.py --setting full --output benchmarks/performance/full.json
 
-Everything is a ratio to the bare base model, measured in the same round: the median of {rounds} rounds, and in
-brackets the quartiles. The machine was shared, so differences smaller than the quartiles are noise. PrefixPlus flat,
-LoRA and PREFIX_TUNING train 230,400 parameters, PrefixPlus mlp 912,000; prefixes have 20 virtual tokens.
+Everything is measured with SmolLM2-135M-Instruct on a CPU, and given as a ratio to the bare base model in the same
+round: the median of all rounds, and in brackets the quartiles. The machines were shared, so differences smaller than
+the quartiles are noise. Prefixes have 20 virtual tokens. PrefixPlus flat, LoRA and PREFIX_TUNING train 230,400
+parameters each, PrefixPlus (with its default projection) 205,440.
 
 - A **training step** is a forward and a backward pass; of the base model, with frozen weights, down to the input of
   the first layer.
@@ -122,7 +122,8 @@ def write_dtype(dtype: str, results: dict[str, Any]) -> list[str]:
     for name in ("lengths", "depths"):
         if results[name]:
             lines += write_table(list_series(results[name]), name)
-    return [*lines, *write_adapters(results["adapters"]), write_mixed_batch(results["mixed_batch"]), ""]
+    lines += write_adapters(results["adapters"])
+    return [*lines, *(f"- {write_mixed_batch(mixed)}" for mixed in results["mixed_batches"]), ""]
 
 
 def draw_figure(report: dict[str, Any], path: Path) -> None:
@@ -153,17 +154,19 @@ def write_page(reports: dict[str, dict[str, Any]], docs: Path) -> None:
     """Write the page and its figure.
 
     Args:
-        reports (`dict[str, dict]`): what `measure.py` wrote, by the name of the setting; at least one.
+        reports (`dict[str, dict]`): what `measure.py` wrote, by the name of the setting.
         docs (`Path`): directory of the documentation.
     """
-    first = next(iter(reports.values()))
-    versions = ", ".join(f"{name} {number}" for name, number in first["versions"].items())
-    head = {"model": first["model"], "threads": first["threads"], "versions": versions}
-    lines = [INTRODUCTION.format(**head, rounds=first["setting"]["rounds"])]
-    draw_figure(first, docs / "images" / "performance.png")
-    lines += ["![Time of training steps and of generation](images/performance.png)", ""]
+    lines = [INTRODUCTION]
     for name, report in reports.items():
+        versions = ", ".join(f"{module} {number}" for module, number in report["versions"].items())
         lines += [f"## The {name} setting", ""]
+        lines += [
+            f"{report['model']}, {report['threads']} threads, {report['setting']['rounds']} rounds. {versions}.",
+            "",
+        ]
+        draw_figure(report, docs / "images" / f"performance_{name}.png")
+        lines += [f"![Time of training steps and of generation](images/performance_{name}.png)", ""]
         for dtype, results in report["dtypes"].items():
             lines += write_dtype(dtype, results)
     (docs / "performance.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")

@@ -43,7 +43,7 @@ def build_native(num_virtual_tokens: int) -> PrefixTuningConfig:
 
 CONFIGS: dict[str, Callable[[int], PeftConfig]] = {
     PREFIX: partial(build_prefix, "none"),
-    f"{PACKAGE} mlp": partial(build_prefix, "mlp"),
+    PACKAGE: partial(build_prefix, "linear"),
     LORA: build_lora,
     NATIVE: build_native,
 }
