@@ -35,6 +35,7 @@ from .mixing import RowAdapters, check_adapter_names, name_rows
 from .offloading import check_loader, follow_offloading
 from .positions import ShiftedPositionEmbedding, align_positions, find_shifted_stacks, forget_adapter
 from .removal import unwrap_layers
+from .weights import halve_exactly
 
 
 class PrefixPlusModel(BaseTuner):
@@ -291,7 +292,11 @@ class PrefixPlusModel(BaseTuner):
                 selected |= {
                     start + key: state_dict.get(start + key, own) for key, own in encoder.state_dict().items()
                 }
-        return fetch_offloaded(model, selected)
+        fetched = fetch_offloaded(model, selected)
+        return {
+            key: halve_exactly(tensor) if key.rpartition(".")[2].startswith("anchor_") else tensor
+            for key, tensor in fetched.items()
+        }
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

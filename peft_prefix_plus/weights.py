@@ -45,6 +45,14 @@ class TensorInfo(NamedTuple):
     dtype: torch.dtype | str
 
 
+def halve_exactly(tensor: Tensor) -> Tensor:
+    """Return a tensor in half precision if that loses nothing, as with what a model in half precision has computed."""
+    if type(tensor) is not Tensor or tensor.dtype != torch.float32 or tensor.is_meta:
+        return tensor
+    halves = (tensor.to(dtype) for dtype in (torch.bfloat16, torch.float16))
+    return next((half for half in halves if torch.equal(half.float(), tensor)), tensor)
+
+
 def describe_tensors(tensors: Mapping[str, Tensor]) -> dict[str, TensorInfo]:
     """Return shape and dtype of some tensors."""
     return {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}

@@ -641,3 +641,29 @@ def test_folding_allocates_nothing_for_sizes_that_the_weights_do_not_have(size, 
     rewrite_config(tmp_path / "adapter", **size)
     with pytest.raises(ValueError, match=r"the configuration says 16777216\. The files belong to different adapters"):
         fold_adapter(str(tmp_path / "adapter"), str(tmp_path / "folded"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_what_a_model_in_half_precision_has_computed_is_saved_in_half_precision(low_cpu_mem_usage, dtype, tmp_path):
+    model = add_prefix(build_model("llama", dtype=dtype))
+    perturb(model)
+    model.save_pretrained(tmp_path)
+    saved = {key: tensor.dtype for key, tensor in load_file(tmp_path / "adapter_model.safetensors").items()}
+    anchors = {own for key, own in saved.items() if ".anchor_" in key}
+    assert anchors == {dtype}
+    assert {own for key, own in saved.items() if ".anchor_" not in key} == {torch.float32}
+    loaded = PeftModel.from_pretrained(
+        build_model("llama", dtype=dtype), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage
+    )
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(tensor, loaded.state_dict()[key]) and tensor.dtype == loaded.state_dict()[key].dtype
+
+
+def test_what_would_lose_a_bit_is_saved_as_it_is(tmp_path):
+    model = add_prefix(build_model("llama", dtype=torch.bfloat16))
+    anchor = next(buffer for name, buffer in model.named_buffers() if name.endswith("anchor_keys"))
+    anchor[0, 0, 0] += 1e-5
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert [tensor.dtype for key, tensor in saved.items() if key.endswith("anchor_keys")].count(torch.float32) == 1
