@@ -80,7 +80,7 @@ def test_the_card_tells_what_the_prefix_is(tmp_path):
     assert "- Base model: [owner/base](https://huggingface.co/owner/base)\n" in section
     assert "- Prefix length: 5 virtual tokens per layer\n" in section and '{"layers.1.self_attn": 3}' in section
     assert "keys and values of 5 given tokens" in section and "keep their start: 1" in section
-    assert "- Projection: `mlp`, width 64\n" in section and '`["norm"]`' in section
+    assert "- Projection: `linear`, width 16\n" in section and '`["norm"]`' in section
     assert f"- Trained parameters: {trained:,}\n" in section
     assert "pip install" in section and "KeyError: 'PREFIX_PLUS'" in section
     data = read_card(tmp_path).data
@@ -261,7 +261,7 @@ def test_the_card_of_a_folded_adapter_says_so(tmp_path):
     fold_adapter(str(tmp_path / "saved"), str(tmp_path / "folded"))
     before, after = (split_at_marks(read(tmp_path / name)) for name in ("saved", "folded"))
     assert (before[0], before[2]) == (after[0], after[2])
-    assert "`mlp`" in before[1] and "- Projection: `none`\n" in after[1]
+    assert "`linear`" in before[1] and "- Projection: `none`\n" in after[1]
 
 
 def test_the_console_script_leaves_a_card_with_results(tiny_model_dir, tmp_path):
