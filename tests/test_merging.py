@@ -1,12 +1,14 @@
 """Attention to the tokens and to the prefix by parts equals attention to both at once."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from helpers import add_prefix, draw_tokens, perturb
 from tiny_models import build_model
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from torch.testing import assert_close
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -159,6 +161,11 @@ def test_what_a_training_step_keeps_does_not_grow_with_the_tokens():
     [
         ({"value": draw(1, 2, 9, 4)}, {}),
         ({"attention_mask": draw(1, 1, 1, 9).requires_grad_()}, {}),
+        # Rows of queries and of keys may share each other; the kernel divides by the numbers of both.
+        ({"query": draw(3, 4, 1, 8), "key": draw(1, 2, 9, 8)}, {}),
+        ({"query": draw(1, 4, 1, 8), "key": draw(3, 2, 9, 8), "value": draw(3, 2, 9, 8)}, {}),
+        ({"query": draw(1, 4, 0, 8)}, {}),
+        ({"key": draw(1, 2, 0, 8), "value": draw(1, 2, 0, 8)}, {}),
         ({"attend": lambda *args, **kwargs: None}, {}),
         ({}, {"dropout": 0.1}),
         ({}, {"position_bias": draw(1, 1, 1, 9)}),
@@ -174,6 +181,7 @@ def test_what_is_unusual_is_attended_to_at_once(change, kwargs):
     usual = {"attend": sdpa_attention_forward, "query": draw(1, 4, 1, 8), "key": draw(1, 2, 9, 8)}
     usual |= {"value": draw(1, 2, 9, 8), "attention_mask": None, "prefix": prefix}
     assert can_merge(**usual, kwargs={"scaling": 0.3, "dropout": 0.0, "sliding_window": None})
+    assert can_merge(**usual, kwargs={"num_items_in_batch": torch.tensor(3)}), "the Trainer passes it"
     assert not can_merge(**(usual | change), kwargs=kwargs)
 
 
@@ -183,6 +191,46 @@ def test_a_choice_of_another_kernel_is_respected():
     with sdpa_kernel(SDPBackend.MATH):
         assert not can_merge(*usual)
     assert can_merge(*usual)
+
+
+@pytest.mark.parametrize("projection", ["none", "linear"])
+def test_second_derivatives_are_refused_and_never_left_out(projection):
+    model, ids = add_prefix(build_model("llama"), projection=projection).train(), draw_tokens()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    gradients = torch.autograd.grad(model(ids, labels=ids).loss, parameters, create_graph=True)
+    size = sum(gradient.square().sum() for gradient in gradients)
+    with pytest.raises(RuntimeError, match=r"derivative for .* is not implemented"):
+        torch.autograd.grad(size, parameters, allow_unused=True)
+
+
+def test_a_padded_row_without_a_prefix_has_the_loss_and_the_gradients_of_the_base_model():
+    model = add_prefix(build_model("llama"))
+    ids, mask = draw_tokens(length=9), torch.ones(2, 9, dtype=torch.long)
+    mask[0, :4] = 0
+    # Also where a query of the padding sees nothing at all: its output reaches the first token's loss.
+    inputs = model.get_input_embeddings()(ids).detach()
+    results = []
+    for settings in ({"adapter_names": ["__base__", "default"]}, {}):
+        rows = slice(None) if settings else slice(1)
+        given = inputs[rows].clone().requires_grad_()
+        with model.disable_adapter() if not settings else nullcontext():
+            logits = model(inputs_embeds=given, attention_mask=mask[rows], **settings).logits[:1]
+        loss = cross_entropy(logits[0, :-1], ids[0, 1:])
+        results.append((logits, loss, torch.autograd.grad(loss, given)[0][:1]))
+    for mixed, alone in zip(*results, strict=True):
+        assert_close(mixed, alone, atol=1e-5, rtol=1e-4)
+
+
+def test_batches_of_gradients_equal_single_ones():
+    query, key, value = draw(BATCH, HEADS, TOKENS, DIM), *(draw(BATCH, KV_HEADS, TOKENS, DIM) for _ in range(2))
+    prefix = build_prefix("shared", torch.float32)
+    inputs = prefix.keys.requires_grad_(), prefix.values.requires_grad_()
+    output = attend_by_parts(query, key, value, None, match_prefix(prefix, key, value), True, 0.4)
+    arriving = torch.randn(2, *output.shape)
+    together = torch.autograd.grad(output, inputs, arriving, retain_graph=True, is_grads_batched=True)
+    for number, single in enumerate(arriving):
+        alone = torch.autograd.grad(output, inputs, single, retain_graph=True)
+        assert_close([own[number] for own in together], list(alone), atol=1e-5, rtol=1e-5)
 
 
 def test_transforms_of_functions_go_through_attention_at_once():

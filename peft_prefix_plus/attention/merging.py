@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ..states import PrefixStates
@@ -22,7 +21,11 @@ _attend_on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _differentiate_on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 # Arguments that change nothing here, whatever they hold.
 _HARMLESS = frozenset(
-    {"scaling", "dropout", "is_causal", "sliding_window", "position_ids", "use_cache", "cache_position"}
+    {
+        *("scaling", "dropout", "is_causal", "sliding_window", "position_ids", "use_cache", "cache_position"),
+        # Trainer hands it over, and models pass it on.
+        "num_items_in_batch",
+    }
 )
 
 
@@ -49,6 +52,9 @@ def can_merge(
         and not torch.compiler.is_compiling()
         and query.device.type == "cpu"
         and key.shape[-1] == value.shape[-1]
+        # The kernel divides by the number of queries and keys; sdpa lets rows of queries share keys and the reverse.
+        and min(query.shape[-2], key.shape[-2]) > 0
+        and query.shape[0] == key.shape[0] == value.shape[0] > 0
         and prefix.bias is None
         # What sdpa sees to before it calls the kernel.
         and len({item.dtype for item in inputs}) == 1
@@ -58,7 +64,15 @@ def can_merge(
         and not torch._C._are_functorch_transforms_active()
         and not kwargs.get("dropout")
         and all(item is None or item is False or name in _HARMLESS for name, item in kwargs.items())
+        and not _may_hide_everything(query, attention_mask, prefix)
     )
+
+
+def _may_hide_everything(query: Tensor, mask: Tensor | None, prefix: PrefixStates) -> bool:
+    """Whether a query, of padding in a row without a prefix, may see nothing: neither part then has a share."""
+    if mask is None or prefix.mask is None or query.shape[-2] == 1:
+        return False
+    return not bool(prefix.mask.any(-1).all())
 
 
 def attend_by_parts(
@@ -117,8 +131,8 @@ class _AttentionByParts(torch.autograd.Function):
         ctx.settings = is_causal, scaling
         return output
 
+    # Not `once_differentiable`, behind which second derivatives may be left out in silence: the kernel refuses them.
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, mask, prefix_mask, output, weight = ctx.saved_tensors
         is_causal, scaling = ctx.settings
@@ -204,7 +218,8 @@ def _differentiate_prefix(
 
 def _join_rows(states: Tensor) -> Tensor:
     """`[batch, heads, queries, ...]` to `[1, heads, batch * queries, ...]`: rows that share a prefix are one row."""
-    return states.transpose(0, 1).flatten(1, 2)[None]
+    batch, heads, queries, *rest = states.shape
+    return states.transpose(0, 1).reshape(1, heads, batch * queries, *rest)
 
 
 def _part_rows(states: Tensor, batch: int) -> Tensor:
