@@ -144,7 +144,8 @@ def test_json_options_and_patterns(train):
         (["--max_length", "1"], "--max_length"),
         (["--max_train_examples", "0"], "--max_train_examples"),
         (["--num_init_examples", "13"], "13"),
-        (["--num_init_examples", "2", "--prefix_init_token_ids", "3"], "not both"),
+        (["--num_init_examples", "2", "--prefix_init_token_ids", "3"], "'tokens'"),
+        (["--num_init_examples", "2", "--prefix_init", "random"], "--num_init_examples"),
     ],
 )
 def test_bad_input_gives_one_line_and_status_1(train, capsys, words, part):

@@ -86,7 +86,7 @@ def run(words: Sequence[str]) -> None:
     check_processes(training_arguments)
     set_seed(training_arguments.seed)
     # Before the model is loaded, which takes longer than to find a mistake.
-    build_config(prefix_arguments)
+    _check_start(build_config(prefix_arguments), data_arguments)
     model, tokenizer = _load(model_arguments)
     train_examples, eval_examples = _load_data(data_arguments, tokenizer)
     if data_arguments.num_init_examples:
@@ -121,6 +121,15 @@ def check_processes(arguments: TrainingArguments) -> None:
         raise ValueError(
             f"{launched} processes were launched, but each would train on its own. On a machine without GPUs, add "
             "--use_cpu; on one with GPUs, launch as many processes as there are GPUs."
+        )
+
+
+def _check_start(config: PrefixPlusConfig, arguments: DataArguments) -> None:
+    """Refuse examples to start from beside another start, which one of both would silently replace."""
+    if arguments.num_init_examples and config.prefix_init not in ("vocab", "text"):
+        raise ValueError(
+            f"--num_init_examples makes the prefix start from a text, but --prefix_init is {config.prefix_init!r}. "
+            "Leave one of both out."
         )
 
 
