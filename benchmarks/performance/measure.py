@@ -42,7 +42,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "rounds": 5,
         "steps": [{"batch": 4, "length": 96}, {"batch": 4, "length": 96, "checkpointing": True}],
         "generation": [{"batch": 4, "context": 256, "new": 33}, {"batch": 1, "context": 64, "new": 33}],
-        "mixed": [{"context": 64, "new": 16}, {"context": 64, "new": 64}],
+        "mixed": [{"context": 64, "new": 16}],
         "lengths": [],
         "depths": [],
     },
