@@ -67,8 +67,8 @@ def list_steps(steps: Iterable[dict[str, Any]]) -> dict[str, Row]:
         case = describe_step(step["case"])
         rows[f"step, {case}"] = write_ratios(step["times"])
         for title, key in (("saved bytes", "saved_bytes"), ("peak memory", "peak_bytes")):
-            numbers = step[key]
-            if all(numbers.values()):
+            numbers = step.get(key, {})
+            if numbers and all(numbers.values()):
                 cells = {name: f"{own / numbers[BARE]:.3f}" for name, own in numbers.items() if name != BARE}
                 rows[f"{title}, {case}"] = cells
     return rows
