@@ -80,7 +80,7 @@ class ResultsFile:
         if run["method"] == BASE_MODEL:
             return True
         method = self.experiment["methods"].get(run["method"])
-        return method is None or all(run.get(name) == method.get(name) for name in SETTING)
+        return method is None or has_settings(run, method)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -92,6 +92,11 @@ class ResultsFile:
             yield
         finally:
             os.close(descriptor)
+
+
+def has_settings(run: Run, method: dict[str, Any]) -> bool:
+    """Whether a run was made with the settings that a method has now."""
+    return all(run.get(name) == method.get(name) for name in SETTING)
 
 
 def choose_learning_rate(runs: Sequence[Run], method: str, first_seed: int) -> float | None:

@@ -2,7 +2,6 @@
 
 import ctypes
 import gc
-import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -130,8 +129,3 @@ def truncate_layers(model: PreTrainedModel, depth: int) -> PreTrainedModel:
 def build_runs(models: dict[str, nn.Module], case: Callable[..., object], **settings: object) -> dict[str, Run]:
     """The same case for each model."""
     return {name: partial(case, model, **settings) for name, model in models.items()}
-
-
-def open_directory() -> tempfile.TemporaryDirectory[str]:
-    """A directory for adapters, deleted at the end."""
-    return tempfile.TemporaryDirectory(prefix="adapters-")

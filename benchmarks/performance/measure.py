@@ -9,6 +9,7 @@ ratios to the base model within a round, so slow phases of the machine hit all r
 import argparse
 import json
 import platform
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,6 @@ from cases import (
     count_saved_bytes,
     generate,
     measure_peak,
-    open_directory,
     train_step,
     truncate_layers,
 )
@@ -130,7 +130,7 @@ class Measurement:
     def measure_adapters(self) -> dict[str, Any]:
         """Seconds to load one more adapter and delete it, and to make another one the active one, 20 times."""
         loading, switching = {}, {}
-        with open_directory() as directory:
+        with tempfile.TemporaryDirectory() as directory:
             for name in (PREFIX, LORA, NATIVE):
                 model = self.models[name]
                 loading[name] = build_loading(model, f"{directory}/{name}")
