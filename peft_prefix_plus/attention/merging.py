@@ -190,7 +190,7 @@ def _attend_with_one_query(
 def _attend_to_prefix(
     query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float | None
 ) -> tuple[Tensor, Tensor]:
-    if keys.shape[0] > 1 or mask is not None:
+    if not _is_shared(keys, mask):
         return _attend(query, keys, values, _widen_prefix_mask(mask), False, scaling)
     output, weight = _attend(_join_rows(query), keys, values, None, False, scaling)
     return _part_rows(output, query.shape[0]), _part_rows(weight, query.shape[0])
@@ -207,13 +207,18 @@ def _differentiate_prefix(
     scaling: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     merged = gradient, query, output, weight
-    if keys.shape[0] > 1 or mask is not None:
+    if not _is_shared(keys, mask):
         return _differentiate(*merged, keys, values, _widen_prefix_mask(mask), False, scaling)
     gradient, query_rows, output, weight = (_join_rows(item) for item in merged)
     of_query, of_keys, of_values = _differentiate(
         gradient, query_rows, output, weight, keys, values, None, False, scaling
     )
     return _part_rows(of_query, query.shape[0]), of_keys, of_values
+
+
+def _is_shared(keys: Tensor, mask: Tensor | None) -> bool:
+    """Whether all rows see the same prefix."""
+    return keys.shape[0] == 1 and mask is None
 
 
 def _join_rows(states: Tensor) -> Tensor:
