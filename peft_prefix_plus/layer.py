@@ -247,16 +247,15 @@ class PrefixPlusLayer(PrefixPlusLayerBase):
         return select_rows(states, self.rows.select(adapter_names, batch_size, states[0].keys.device))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        adapter_names = self.list_effective_adapters()
+        base_layer, adapter_names = self.base_layer, self.list_effective_adapters()
         if not adapter_names:
-            return self.base_layer(*args, **kwargs)
-        batch_size = read_batch_size(self.base_layer, args, kwargs)
+            return base_layer(*args, **kwargs)
         if not self._calls or self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            states = self.get_prefix_states(adapter_names, batch_size)
+            states = self.get_prefix_states(adapter_names, read_batch_size(base_layer, args, kwargs))
         else:
-            kept = self._calls[-1].states
-            key = (tuple(adapter_names), None if self.rows is None else batch_size)
+            batch_size = None if self.rows is None else read_batch_size(base_layer, args, kwargs)
+            kept, key = self._calls[-1].states, (tuple(adapter_names), batch_size)
             if key not in kept:
-                kept[key] = self.get_prefix_states(adapter_names, batch_size)
+                kept[key] = self.get_prefix_states(adapter_names, read_batch_size(base_layer, args, kwargs))
             states = kept[key]
-        return attend_with_prefix(self.base_layer, states, *args, **kwargs)
+        return attend_with_prefix(base_layer, states, *args, **kwargs)

@@ -16,12 +16,15 @@ class PrefixStates(NamedTuple):
         mask (`torch.Tensor`, *optional*): bool `[batch, P]`, `True` where the virtual token is visible; its `batch`
             may differ from that of the keys if one of them is 1. `None`: all are visible.
         bias (`torch.Tensor`, *optional*): added to the scores of the virtual tokens, `[batch or 1, heads, 1, P]`.
+        joined (`tuple[torch.Tensor, torch.Tensor]`, *optional*): keys and values of the prefix and of the tokens
+            behind it, `[batch, kv_heads, P + tokens, dim]`, where a cache has them in one piece.
     """
 
     keys: Tensor
     values: Tensor
     mask: Tensor | None = None
     bias: Tensor | None = None
+    joined: tuple[Tensor, Tensor] | None = None
 
     @property
     def num_virtual_tokens(self) -> int:

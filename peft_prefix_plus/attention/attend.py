@@ -9,7 +9,8 @@ from torch import nn
 from ..architectures import uses_attention_interface
 from ..states import PrefixStates
 from .arithmetic import attend_by_arithmetic, record_arithmetic
-from .delivery import StatesRecorder, deliver_prefix, listen
+from .delivery import PrefixDelivery, StatesRecorder, deliver_prefix, listen
+from .prefixed_cache import find_prefixed_layer
 from .routing import original_config, route_config
 
 
@@ -28,8 +29,9 @@ def attend_with_prefix(module: nn.Module, states: PrefixStates, *args: Any, **kw
         RuntimeError: if the module did not use the prefix.
     """
     if uses_attention_interface(module):
-        return deliver_prefix(module, states, lambda: module(*args, **kwargs))
-    return deliver_prefix(module, states, lambda: attend_by_arithmetic(module, *args, **kwargs))
+        cache_layer = find_prefixed_layer(module, kwargs.get("past_key_values"))
+        return deliver_prefix(PrefixDelivery(module, states, cache_layer), lambda: module(*args, **kwargs))
+    return deliver_prefix(PrefixDelivery(module, states), lambda: attend_by_arithmetic(module, *args, **kwargs))
 
 
 @contextmanager

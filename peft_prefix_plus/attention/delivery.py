@@ -6,10 +6,12 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..architectures import count_attention_calls
 from ..states import PrefixStates
+from .prefixed_cache import PrefixedLayer
+from .prepending import match_prefix
 
 T = TypeVar("T")
 
@@ -21,10 +23,12 @@ class PrefixDelivery:
         module (`nn.Module`): the attention module that the prefix is for.
         states ([`PrefixStates`]): the prefix; that of a module which attends several times in one forward has the
             heads of all its calls, one call behind the other.
+        cache_layer ([`PrefixedLayer`], *optional*): where it may be put in front of the tokens.
     """
 
-    def __init__(self, module: nn.Module, states: PrefixStates) -> None:
+    def __init__(self, module: nn.Module, states: PrefixStates, cache_layer: PrefixedLayer | None = None) -> None:
         self.module = module
+        self.cache_layer = cache_layer
         self._calls = split_calls(states, count_attention_calls(module))
         self._num_taken = 0
 
@@ -108,6 +112,27 @@ def take_prefix(module: nn.Module) -> PrefixStates:
     return _find_delivery(module).take()
 
 
+def take_matching_prefix(module: nn.Module, key: Tensor, value: Tensor) -> PrefixStates:
+    """Take it, matched to the keys and values of the tokens, and joined with them where the cache has room.
+
+    Args:
+        module (`nn.Module`): a routed attention module.
+        key (`torch.Tensor`): `[batch, kv_heads, tokens, key_dim]`.
+        value (`torch.Tensor`): `[batch, kv_heads, tokens, value_dim]`.
+
+    Returns:
+        [`PrefixStates`]: with the batch size, dtype and device of the tokens.
+
+    Raises:
+        RuntimeError: like [`take_prefix`].
+        ValueError: like [`match_prefix`].
+    """
+    delivery = _find_delivery(module)
+    states = delivery.take()
+    joined = None if delivery.cache_layer is None else delivery.cache_layer.join(states, key, value)
+    return match_prefix(states, key, value) if joined is None else joined
+
+
 def peek_prefix(module: nn.Module) -> PrefixStates:
     """Look at the prefix that is on its way to a module, which does not count as its use."""
     return _find_delivery(module).peek()
@@ -123,12 +148,11 @@ def _find_delivery(module: nn.Module) -> PrefixDelivery:
     return delivery
 
 
-def deliver_prefix(module: nn.Module, states: PrefixStates, run: Callable[[], T]) -> T:
+def deliver_prefix(delivery: PrefixDelivery, run: Callable[[], T]) -> T:
     """Have a prefix ready for a module's attention function while it runs, and prove afterwards that it was used.
 
     Args:
-        module (`nn.Module`): an attention module.
-        states ([`PrefixStates`]): its prefix.
+        delivery ([`PrefixDelivery`]): the prefix of an attention module.
         run (`Callable`): runs the module.
 
     Returns:
@@ -138,7 +162,6 @@ def deliver_prefix(module: nn.Module, states: PrefixStates, run: Callable[[], T]
         RuntimeError: if the module did not use the prefix.
     """
     previous = _channel.delivery
-    delivery = PrefixDelivery(module, states)
     _channel.delivery = delivery
     try:
         output = run()

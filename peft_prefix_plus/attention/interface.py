@@ -7,12 +7,11 @@ from torch import Tensor, nn
 
 from ..architectures import compute_key_bias
 from ..states import PrefixStates
-from .delivery import current_recorder, take_prefix
+from .delivery import current_recorder, take_matching_prefix
 from .dense import attend_eager, attend_sdpa
 from .flash import attend_flash
 from .flex import attend_flex
-from .prepending import match_prefix
-from .routing import MaskContract, UnroutedModule, find_mask_contract, original_config, resolve_attention_function
+from .routing import MaskContract, UnroutedModule, find_mask_contract, read_implementation, resolve_attention_function
 
 _ATTEND: dict[MaskContract, Callable[..., tuple[Tensor, Tensor | None]]] = {
     MaskContract.EAGER: attend_eager,
@@ -45,14 +44,14 @@ def prefix_attention_forward(
         `tuple[torch.Tensor, torch.Tensor | None]`: output `[batch, queries, heads, value_dim]`, and the weights, whose
         first columns are the prefix's, if the real implementation returns them.
     """
-    implementation = (original_config(module)._attn_implementation or "eager").removeprefix("paged|")
+    implementation = read_implementation(module)
     contract = find_mask_contract(implementation)
     attend = resolve_attention_function(module, implementation)
     recorder = current_recorder()
     if recorder is not None:
         recorder.record(module, PrefixStates(key, value))
         return attend(UnroutedModule(module), query, key, value, attention_mask, *args, **kwargs)
-    prefix = match_prefix(take_prefix(module), key, value)
+    prefix = take_matching_prefix(module, key, value)
     bias = compute_key_bias(module, prefix.values)
     if bias is not None:
         prefix = prefix._replace(bias=bias)

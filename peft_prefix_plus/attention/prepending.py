@@ -28,11 +28,17 @@ def match_prefix(prefix: PrefixStates, key: Tensor, value: Tensor) -> PrefixStat
             f"The prefix has (kv_heads, key_dim, value_dim) = {given}, the attention module's own keys and values "
             f"have {expected}. The adapter belongs to another base model, or the architecture is not supported yet."
         )
+    if prefix.keys.shape[0] == batch and prefix.mask is None and _is_alike(prefix.keys, key):
+        return prefix
     num_tokens = prefix.num_virtual_tokens
     keys = prefix.keys.to(device=key.device, dtype=key.dtype).expand(batch, heads, num_tokens, -1)
     values = prefix.values.to(device=value.device, dtype=value.dtype).expand(batch, heads, num_tokens, -1)
     mask = None if prefix.mask is None else prefix.mask.to(key.device).expand(batch, num_tokens)
     return PrefixStates(keys, values, mask, prefix.bias)
+
+
+def _is_alike(states: Tensor, others: Tensor) -> bool:
+    return states.dtype == others.dtype and states.device == others.device
 
 
 def prepend_prefix(key: Tensor, value: Tensor, prefix: PrefixStates) -> tuple[Tensor, Tensor]:
@@ -44,8 +50,11 @@ def prepend_prefix(key: Tensor, value: Tensor, prefix: PrefixStates) -> tuple[Te
         prefix ([`PrefixStates`]): with the same batch, heads, dimensions and dtype.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: the same layouts with `P + tokens` on the token axis.
+        `tuple[torch.Tensor, torch.Tensor]`: the same layouts with `P + tokens` on the token axis; not copied where
+        they are joined already.
     """
+    if prefix.joined is not None and prefix.joined[0].shape[-2] == prefix.num_virtual_tokens + key.shape[-2]:
+        return prefix.joined
     return torch.cat([prefix.keys, key], dim=-2), torch.cat([prefix.values, value], dim=-2)
 
 

@@ -58,10 +58,21 @@ def route_config(config: PreTrainedConfig) -> PreTrainedConfig:
 def original_config(module: nn.Module) -> PreTrainedConfig:
     """Return the config that an attention module shares with its model, routed or not."""
     config: PreTrainedConfig = module.config
-    # Every attention asks, and looking for what a config does not have takes it long.
-    while (original := config.__dict__.get("prefix_plus_original")) is not None:
+    while (original := _get_own(config, "prefix_plus_original")) is not None:
         config = original
     return config
+
+
+def read_implementation(module: nn.Module) -> str:
+    """Return the name of the attention implementation that a model has for one of its modules, without `paged|`."""
+    # What the property `_attn_implementation` returns.
+    name: str | None = _get_own(original_config(module), "_attn_implementation_internal")
+    return (name or "eager").removeprefix("paged|")
+
+
+def _get_own(config: PreTrainedConfig, name: str) -> Any:
+    """An attribute of a config, or `None`; every attention asks, and configs take long to look one up themselves."""
+    return object.__getattribute__(config, "__dict__").get(name)
 
 
 def find_mask_contract(implementation: str | None) -> MaskContract:
