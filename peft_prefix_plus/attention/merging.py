@@ -49,6 +49,7 @@ def can_merge(
     """
     return (
         attend is sdpa_attention_forward
+        and not torch.compiler.is_compiling()
         and query.device.type == "cpu"
         and key.shape[-1] == value.shape[-1]
         # sdpa lets rows of queries share keys and the reverse.
@@ -69,8 +70,7 @@ def _are_plain(query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor
     """Whether tensors are such as the kernel takes and differentiates them."""
     keys, values = prefix.keys, prefix.values
     return (
-        not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
+        not torch._C._are_functorch_transforms_active()
         and not (attention_mask is not None and attention_mask.requires_grad)
         # The kernel divides by the number of queries and keys.
         and min(query.shape[-2], key.shape[-2]) > 0

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from enum import Enum
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -71,7 +72,10 @@ def read_implementation(module: nn.Module) -> str:
 
 
 def _get_own(config: PreTrainedConfig, name: str) -> Any:
-    """An attribute of a config, or `None`; every attention asks, and configs take long to look one up themselves."""
+    """An attribute of a config, or `None`."""
+    if torch.compiler.is_compiling():
+        return config.__dict__.get(name)
+    # Every attention asks, and configs take long to look an attribute up themselves.
     return object.__getattribute__(config, "__dict__").get(name)
 
 
