@@ -4,7 +4,7 @@ CONSTRAINTS ?= constraints.txt
 WORKERS ?= 2
 MODEL ?= smollm2-wheel
 OUTPUT ?= demo-output
-EXPERIMENT ?= benchmarks/experiments/short.json
+EXPERIMENT ?= benchmarks/quality/experiments/short.json
 
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -60,15 +60,15 @@ docs: $(VENV)/.installed-docs
 	$(BIN)/mkdocs build --strict
 
 bench-data: check-data $(VENV)/.installed-bench
-	$(BIN)/python -m benchmarks.data_sources.prepare --output $(DATA)
+	$(BIN)/python -m benchmarks.quality.data_sources.prepare --output $(DATA)
 
 bench-quality: check-data $(VENV)/.installed-bench
-	$(BIN)/python benchmarks/run.py $(EXPERIMENT) --data $(DATA)
-	$(BIN)/python benchmarks/quality_page.py
+	$(BIN)/python -m benchmarks.quality.run $(EXPERIMENT) --data $(DATA)
+	$(BIN)/python -m benchmarks.quality.page
 
 bench-performance: $(VENV)/.installed-bench
-	$(BIN)/python benchmarks/performance/measure.py --setting short --output benchmarks/performance/short.json
-	$(BIN)/python benchmarks/performance/performance_page.py
+	$(BIN)/python -m benchmarks.performance.measure --setting short --output benchmarks/performance/short.json
+	$(BIN)/python -m benchmarks.performance.page
 
 check-data:
 	@test -n "$(DATA)" || { echo "Name the directory of the data sets: make bench-quality DATA=directory" >&2; exit 2; }

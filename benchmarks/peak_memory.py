@@ -18,13 +18,20 @@ def reset_peak_memory() -> None:
         pass
 
 
-def read_peak_memory_mib() -> int | None:
-    """The peak in MiB since the last reset, or `None` if the system does not tell."""
+def read_peak_memory() -> int | None:
+    """The peak in bytes since the last reset, or `None` if the system does not tell."""
+    # A file that cannot be written cannot have been reset, and the peak would be that of the whole process.
+    return _read_memory("VmHWM") if (_PROCESS / "clear_refs").exists() else None
+
+
+def read_memory() -> int | None:
+    """The resident memory now, in bytes, or `None` if the system does not tell."""
+    return _read_memory("VmRSS")
+
+
+def _read_memory(name: str) -> int | None:
     try:
-        # A file that cannot be written cannot have been reset, and the peak would be that of the whole process.
-        if not (_PROCESS / "clear_refs").exists():
-            return None
         lines = (_PROCESS / "status").read_text().splitlines()
     except OSError:
         return None
-    return next((int(line.split()[1]) // 1024 for line in lines if line.startswith("VmHWM:")), None)
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:")), None)

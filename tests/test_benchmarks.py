@@ -2,7 +2,6 @@
 
 import json
 import multiprocessing
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,25 +11,22 @@ from helpers import draw_tokens
 from tiny_models import build_chat_tokenizer, build_model
 from transformers import BertConfig, BertForSequenceClassification, DataCollatorForSeq2Seq
 
+from benchmarks.peak_memory import read_peak_memory, reset_peak_memory
+from benchmarks.quality.bootstrap import compare
+from benchmarks.quality.experiment_files import load_experiment, merge_settings
+from benchmarks.quality.initial_tokens import build_initial_tokens, fit_tokens
+from benchmarks.quality.method_results import collect_results
+from benchmarks.quality.methods import CONFIG_CLASSES, PEFT_TYPES, build_method, remove_method
+from benchmarks.quality.page import NO_RESULTS, write_page
+from benchmarks.quality.results_file import BASE_MODEL, ResultsFile, choose_learning_rate
+from benchmarks.quality.run import Benchmark
+from benchmarks.quality.segment_scores import SCORES, count_text_records, score_records
+from benchmarks.quality.tasks import GenerationTask
 from peft_prefix_plus.evaluation import compute_loss, generate_texts
 from peft_prefix_plus.examples import Example
 from peft_prefix_plus.metrics import compute_text_metrics
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-from bootstrap import compare  # noqa: E402
-from experiment_files import load_experiment, merge_settings  # noqa: E402
-from initial_tokens import build_initial_tokens, fit_tokens  # noqa: E402
-from method_results import collect_results  # noqa: E402
-from methods import CONFIG_CLASSES, PEFT_TYPES, build_method, remove_method  # noqa: E402
-from peak_memory import read_peak_memory_mib, reset_peak_memory  # noqa: E402
-from quality_page import NO_RESULTS, write_page  # noqa: E402
-from results_file import BASE_MODEL, ResultsFile, choose_learning_rate  # noqa: E402
-from run import Benchmark  # noqa: E402
-from segment_scores import SCORES, count_text_records, score_records  # noqa: E402
-from tasks import GenerationTask  # noqa: E402
-
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks" / "quality"
 EXPERIMENTS = sorted((BENCHMARKS / "experiments").glob("*.json"))
 INIT_TEXT = "Write it:\n"
 FROM_TEXT = {"num_virtual_tokens": 4, "init": {"text": "$init_text"}}
@@ -146,7 +142,7 @@ def test_batches_change_neither_losses_nor_texts(name, monkeypatch):
     records, _ = task.evaluate(method.model, "dev")
     texts = task._generate(method.model, [example.prompt for example in EXAMPLES])
     assert texts == [task._generate(method.model, [example.prompt])[0] for example in EXAMPLES]
-    monkeypatch.setattr("tasks.BATCH_SIZE", 1)
+    monkeypatch.setattr("benchmarks.quality.tasks.BATCH_SIZE", 1)
     alone, _ = task.evaluate(method.model, "dev")
     assert alone["tokens"] == records["tokens"]
     assert alone["loss"] == pytest.approx(records["loss"], abs=2e-3)
@@ -378,11 +374,11 @@ def test_the_rate_is_chosen_on_the_first_seed_among_runs_that_did_not_diverge():
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells the peak memory")
 def test_the_peak_is_that_since_the_reset():
     reset_peak_memory()
-    before = read_peak_memory_mib()
+    before = read_peak_memory()
     torch.ones(50 * 2**20, dtype=torch.float32)
-    assert 150 < read_peak_memory_mib() - before < 300
+    assert 150 << 20 < read_peak_memory() - before < 300 << 20
     reset_peak_memory()
-    assert read_peak_memory_mib() - before < 100
+    assert read_peak_memory() - before < 100 << 20
 
 
 @pytest.fixture

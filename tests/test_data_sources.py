@@ -14,8 +14,16 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from data_sources import debian_section, debian_synopsis, django_french, downloads, opening_hours, prepare
-from data_sources.debian_index import (
+
+from benchmarks.quality.data_sources import (
+    debian_section,
+    debian_synopsis,
+    django_french,
+    downloads,
+    opening_hours,
+    prepare,
+)
+from benchmarks.quality.data_sources.debian_index import (
     Package,
     choose_one_per_source,
     format_description,
@@ -23,10 +31,10 @@ from data_sources.debian_index import (
     parse_packages,
     parse_stanzas,
 )
-from data_sources.place_facts import NAME_ENDS, NAME_STARTS, Block, Draw, Place, Span, list_names
-from data_sources.place_prose import TIME_STYLES, describe_place
-from data_sources.place_questions import ASKERS
-from data_sources.splits import (
+from benchmarks.quality.data_sources.place_facts import NAME_ENDS, NAME_STARTS, Block, Draw, Place, Span, list_names
+from benchmarks.quality.data_sources.place_prose import TIME_STYLES, describe_place
+from benchmarks.quality.data_sources.place_questions import ASKERS
+from benchmarks.quality.data_sources.splits import (
     build_shingles,
     check_splits,
     cut_splits,
@@ -379,7 +387,7 @@ def test_opening_hours_do_not_change():
     # More rows change none of the first ones.
     assert opening_hours.build_splits({"train": 30})["train"][:24] == splits["train"]
     assert Counter(row["kind"] for row in splits["train"]) == dict.fromkeys(ASKERS, 2)
-    command = "import json; from data_sources import opening_hours as hours; "
+    command = "import json; from benchmarks.quality.data_sources import opening_hours as hours; "
     command += "print(json.dumps(hours.build_splits({'train': 24})))"
     path = {"PYTHONPATH": str(Path(prepare.__file__).parents[1]), "PYTHONHASHSEED": "7"}
     output = subprocess.run(

@@ -1,6 +1,7 @@
 """Attention to the tokens and to the prefix by parts equals attention to both at once."""
 
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from torch.testing import assert_close
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from benchmarks.performance.cases import count_saved_bytes
 from peft_prefix_plus import PrefixPlusLayer
 from peft_prefix_plus.attention.merging import attend_by_parts, can_merge
 from peft_prefix_plus.attention.prepending import extend_mask, match_prefix, prepend_prefix
@@ -130,29 +132,15 @@ def test_a_first_layer_gives_gradients_to_its_prefix_only():
     assert_close(given, expected, atol=1e-4, rtol=1e-4)
 
 
-def count_saved_bytes(model: torch.nn.Module, inputs: Tensor, labels: Tensor) -> int:
-    """Bytes that autograd keeps for the backward pass, each storage once, without the parameters."""
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model.train()(inputs_embeds=inputs, labels=labels, use_cache=False)
-    return sum(kept.values())
-
-
 def test_what_a_training_step_keeps_grows_neither_with_the_tokens_nor_with_the_rows():
     more = []
     for batch_size, length in ((2, 16), (2, 64), (8, 16)):
         ids = draw_tokens(batch_size, length)
         base, model = build_model("llama").requires_grad_(False), add_prefix(build_model("llama"), projection="none")
         inputs = base.get_input_embeddings()(ids).requires_grad_()
-        more.append(count_saved_bytes(model, inputs, ids) - count_saved_bytes(base, inputs, ids))
+        step = {"inputs_embeds": inputs, "labels": ids, "use_cache": False}
+        kept = [count_saved_bytes(each, partial(each.train(), **step)) for each in (model, base)]
+        more.append(kept[0] - kept[1])
     assert more[0] == more[1] == more[2] < 10_000
 
 

@@ -1,19 +1,14 @@
 """The performance benchmark runs from the measurement to its page, and its rounds are fair."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from tiny_models import build_model
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "performance"))
-
-from cases import count_saved_bytes, draw_ids, measure_peak, truncate_layers
-from measure import Measurement
-from performance_page import write_page
-from rivals import BARE, CONFIGS, build_rivals, share_weights
-from rounds import subtract, summarize, time_rounds
+from benchmarks.performance.cases import count_saved_bytes, draw_ids, measure_peak, truncate_layers
+from benchmarks.performance.measure import Measurement
+from benchmarks.performance.page import write_page
+from benchmarks.performance.rivals import BARE, CONFIGS, build_rivals, share_weights
+from benchmarks.performance.rounds import subtract, summarize, time_rounds
 
 SETTING = {
     "rounds": 2,

@@ -1,15 +1,14 @@
 """What people do with a model that has an adapter, as runs that can be timed."""
 
-import ctypes
-import gc
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
+
+from benchmarks.peak_memory import read_memory, read_peak_memory, reset_peak_memory
 
 Run = Callable[[], object]
 
@@ -62,21 +61,11 @@ def count_saved_bytes(model: nn.Module, run: Run) -> int:
 
 def measure_peak(run: Run) -> int | None:
     """By how many bytes a run raises the resident memory at its peak; `None` where the system does not tell."""
-    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    if not reset.exists():
-        return None
-    # Otherwise the memory that an earlier run has freed counts for this one.
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    reset.write_text("5")
-    before = _read_kilobytes(status, "VmRSS")
+    reset_peak_memory()
+    before = read_memory()
     run()
-    return 1024 * (_read_kilobytes(status, "VmHWM") - before)
-
-
-def _read_kilobytes(status: Path, name: str) -> int:
-    line = next(line for line in status.read_text().splitlines() if line.startswith(f"{name}:"))
-    return int(line.split()[1])
+    peak = read_peak_memory()
+    return None if peak is None or before is None else peak - before
 
 
 def build_mixed_batch(model: PeftModel, names: list[str], context: int, new: int) -> dict[str, Run]:

@@ -1,6 +1,6 @@
 """Measures speed and memory of a base model with the adapters of several methods, in interleaved rounds.
 
-    python benchmarks/performance/measure.py --setting short --output benchmarks/performance/short.json
+    python -m benchmarks.performance.measure --setting short --output benchmarks/performance/short.json
 
 A round runs every rival once, in an order that changes from round to round; what is reported are the medians of the
 ratios to the base model within a round, so slow phases of the machine hit all rivals alike.
@@ -8,16 +8,16 @@ ratios to the base model within a round, so slow phases of the machine hit all r
 
 import argparse
 import json
-import platform
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import accelerate
-import peft
 import torch
-import transformers
-from cases import (
+from torch import nn
+from transformers import PreTrainedModel
+
+from benchmarks.environment import list_versions
+from benchmarks.performance.cases import (
     build_loading,
     build_mixed_batch,
     build_runs,
@@ -28,12 +28,8 @@ from cases import (
     train_step,
     truncate_layers,
 )
-from rivals import BARE, LORA, NATIVE, PREFIX, build_prefix, build_rivals, share_weights
-from rounds import subtract, summarize, time_rounds
-from torch import nn
-from transformers import PreTrainedModel
-
-import peft_prefix_plus
+from benchmarks.performance.rivals import BARE, LORA, NATIVE, PREFIX, build_prefix, build_rivals, share_weights
+from benchmarks.performance.rounds import subtract, summarize, time_rounds
 from peft_prefix_plus.base_models import load_base_model
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -175,13 +171,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    modules = (torch, transformers, peft, accelerate, peft_prefix_plus)
     report: dict[str, Any] = {
         "model": "SmolLM2-135M-Instruct",
         "threads": arguments.threads,
         "setting": SETTINGS[arguments.setting],
-        "versions": {module.__name__: module.__version__ for module in modules}
-        | {"python": platform.python_version()},
+        "versions": list_versions(),
         "dtypes": {},
     }
     for dtype in arguments.dtypes:

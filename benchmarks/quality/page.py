@@ -1,6 +1,6 @@
 """Writes docs/quality.md and its figures from what run.py measured.
 
-python benchmarks/quality_page.py
+python -m benchmarks.quality.page
 """
 
 import argparse
@@ -10,22 +10,22 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from bootstrap import Difference, compare
-from method_results import (
+from benchmarks.quality.bootstrap import Difference, compare
+from benchmarks.quality.figures import draw_parameters, draw_rates
+from benchmarks.quality.method_results import (
     MethodResults,
     collect_results,
     find_best_prefix_plus,
     list_diverged,
 )
-from quality_figures import draw_parameters, draw_rates
-from segment_scores import SCORES
+from benchmarks.quality.segment_scores import SCORES
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).with_name("results")
 
 INTRODUCTION = """# Quality
 
-Made by `make bench-quality` from `benchmarks/results/*.json`; [Benchmarks](benchmarks.md) says how, and how to
+Made by `make bench-quality` from `benchmarks/quality/results/*.json`; [Benchmarks](benchmarks.md) says how, and how to
 repeat it.
 
 Every method was trained with each of its learning rates on the first seed. The rate with the least loss on the set

@@ -9,12 +9,12 @@ from typing import IO, Any
 
 import peft
 import torch
-from initial_tokens import build_initial_tokens, fit_tokens
 from peft import PeftModel, PeftType, get_peft_model
 from peft.tuners.cartridge.utils import initialize_kv_prefix_from_past_key_values
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from benchmarks.quality.initial_tokens import build_initial_tokens, fit_tokens
 from peft_prefix_plus import PrefixPlusConfig
 from peft_prefix_plus.examples import Example
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
-from results_file import BASE_MODEL, Run, choose_learning_rate, has_settings
-from segment_scores import SCORES, Records
+from benchmarks.quality.results_file import BASE_MODEL, Run, choose_learning_rate, has_settings
+from benchmarks.quality.segment_scores import SCORES, Records
 
 DEV = "dev"
 

@@ -1,6 +1,6 @@
 """Writes the data sets of the quality benchmark: one directory each, with `train.jsonl`, `dev.jsonl` and `test.jsonl`.
 
-    python -m benchmarks.data_sources.prepare --output DIR
+    python -m benchmarks.quality.data_sources.prepare --output DIR
 
 Data sets that are there already are left alone. Downloads go to `DIR/downloads` and can be deleted afterwards.
 """
@@ -69,7 +69,7 @@ def check_files(output: Path, name: str) -> None:
         ValueError: naming the first file that is not.
     """
     remedy = (
-        f"Delete {output / name} and run again. If that does not help, the rules in benchmarks/data_sources have "
+        f"Delete {output / name} and run again. If that does not help, the rules in {CHECKSUMS.parent.name} have "
         f"changed since {CHECKSUMS.name} was written there."
     )
     for line in CHECKSUMS.read_text(encoding="utf-8").splitlines():

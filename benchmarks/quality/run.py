@@ -1,38 +1,30 @@
 """Runs an experiment file: every method with every learning rate on one seed, then its best rate on the other seeds.
 
-    python benchmarks/run.py benchmarks/experiments/e2e.json --data DIR
+    python -m benchmarks.quality.run benchmarks/quality/experiments/e2e.json --data DIR
 
-`DIR` holds the data sets (`e2e/train.jsonl`, ...). Every finished run is written to `benchmarks/results/` at once;
-runs that are already there are not repeated. Several processes may work on one experiment, each with its own `--only`.
+`DIR` holds the data sets (`e2e/train.jsonl`, ...). Every finished run is written to `results/` at once; runs
+that are already there are not repeated. Several processes may work on one experiment, each with its own `--only`.
 """
 
 import argparse
-import platform
 import random
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-import accelerate
-import peft
-import torch
-import transformers
-from experiment_files import load_experiment
-from methods import AppliedMethod, build_method, remove_method
-from peak_memory import read_peak_memory_mib, reset_peak_memory
-from results_file import BASE_MODEL, ResultsFile, Run, choose_learning_rate
-from segment_scores import is_finite, score_records
-from tasks import build_task
 from transformers import Trainer, TrainingArguments, set_seed
 
-import peft_prefix_plus
+from benchmarks.environment import describe_machine, list_versions
+from benchmarks.peak_memory import read_peak_memory, reset_peak_memory
+from benchmarks.quality.experiment_files import load_experiment
+from benchmarks.quality.methods import AppliedMethod, build_method, remove_method
+from benchmarks.quality.results_file import BASE_MODEL, ResultsFile, Run, choose_learning_rate
+from benchmarks.quality.segment_scores import is_finite, score_records
+from benchmarks.quality.tasks import build_task
 
 RESULTS = Path(__file__).parent / "results"
 DEV = "dev"
-VERSIONS = {
-    module.__name__: module.__version__ for module in (torch, transformers, peft, accelerate, peft_prefix_plus)
-} | {"python": platform.python_version()}
 
 
 class Benchmark:
@@ -130,15 +122,15 @@ class Benchmark:
             reset_peak_memory()
             start = time.perf_counter()
             loss = trainer.train().training_loss
-            seconds, peak = time.perf_counter() - start, read_peak_memory_mib()
+            seconds, peak = time.perf_counter() - start, read_peak_memory()
         return {name: method[name] for name in ("peft_type", "config", "training") if name in method} | {
             "trainable_parameters": applied.count_parameters(),
             "adapter_bytes": applied.measure_bytes(),
             "train_loss": loss if is_finite(loss) else None,
             "train_seconds": round(seconds, 1),
-            "peak_memory_mib": peak,
+            "peak_memory_mib": None if peak is None else peak // 2**20,
             "machine": describe_machine(),
-            "versions": VERSIONS,
+            "versions": list_versions(),
         }
 
     def _evaluate(self, applied: AppliedMethod, evaluations: list[str]) -> Run:
@@ -159,7 +151,7 @@ class Benchmark:
         missing = [name for name in self._evaluations if name not in done["scores"]]
         if missing:
             base = AppliedMethod(self.task.model, self.task.model)
-            self._add(run | {"versions": VERSIONS} | self._evaluate(base, missing))
+            self._add(run | {"versions": list_versions()} | self._evaluate(base, missing))
 
     def _add(self, run: Run) -> None:
         self.results.add(run)
@@ -167,14 +159,6 @@ class Benchmark:
             name: {score: round(value, 3) for score, value in own.items()} for name, own in run["scores"].items()
         }
         print("diverged" if run["diverged"] else scores, flush=True)
-
-
-def describe_machine() -> dict[str, Any]:
-    """What times and memory can be compared on."""
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text().splitlines() if information.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return {"processor": names[0] if names else platform.processor(), "threads": torch.get_num_threads()}
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Paired bootstrap of the difference between two methods (Koehn 2004, https://aclanthology.org/W04-3250).
 
-    python benchmarks/bootstrap.py benchmarks/results/e2e.json "PrefixPlus" "LoRA r=4"
+    python -m benchmarks.quality.bootstrap benchmarks/quality/results/e2e.json "PrefixPlus" "LoRA r=4"
 
 Both methods are scored on the same resampled records; the score of a method is the mean over its seeds.
 """
@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from method_results import collect_results
-from segment_scores import SCORES, Array, Records, Score
+
+from benchmarks.quality.method_results import collect_results
+from benchmarks.quality.segment_scores import SCORES, Array, Records, Score
 
 RESAMPLES = 10_000
 LEVEL = 0.95

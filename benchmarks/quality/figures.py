@@ -9,8 +9,9 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
-from method_results import DEV, MethodResults
-from segment_scores import SCORES
+
+from benchmarks.quality.method_results import DEV, MethodResults
+from benchmarks.quality.segment_scores import SCORES
 
 STYLE = {"svg.hashsalt": "peft_prefix_plus", "svg.fonttype": "path", "font.size": 8, "axes.grid": True}
 MARKERS = "osD^v<>pP*Xh8"

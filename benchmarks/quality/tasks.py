@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from methods import stands_before_padding
-from segment_scores import Records, count_text_records, is_finite
 from torch import Tensor, nn
 from transformers import (
     AutoModelForSequenceClassification,
@@ -20,6 +18,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from benchmarks.quality.methods import stands_before_padding
+from benchmarks.quality.segment_scores import Records, count_text_records, is_finite
 from peft_prefix_plus.base_models import load_base_model
 from peft_prefix_plus.evaluation import generate_texts
 from peft_prefix_plus.examples import IGNORED_LABEL, Example, load_examples, tokenize_examples

@@ -9,7 +9,8 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from rivals import BARE, LORA, NATIVE, PREFIX
+
+from benchmarks.performance.rivals import BARE, LORA, NATIVE, PREFIX
 
 HERE = Path(__file__).parent
 DOCS = HERE.parents[1] / "docs"
@@ -19,7 +20,7 @@ INTRODUCTION = """# Speed and memory
 `make bench-performance` makes the measurements of the short setting, in 15 minutes, and this page. The full setting
 takes two hours:
 
-    python benchmarks/performance/measure.py --setting full --output benchmarks/performance/full.json
+    python -m benchmarks.performance.measure --setting full --output benchmarks/performance/full.json
 
 Everything is measured with SmolLM2-135M-Instruct on a CPU, and given as a ratio to the bare base model in the same
 round: the median of all rounds, and in brackets the quartiles. The machines were shared, so differences smaller than
