@@ -17,6 +17,7 @@ from .geometry import (
     AttentionGeometry,
     compute_key_bias,
     count_attention_calls,
+    find_cache_index,
     read_batch_size,
     read_geometry,
 )
@@ -76,6 +77,7 @@ __all__ = [
     "fetch_offloaded",
     "find_attention_call",
     "find_attention_modules",
+    "find_cache_index",
     "find_device",
     "find_first_position",
     "find_input_shapes",

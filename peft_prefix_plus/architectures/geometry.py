@@ -126,6 +126,11 @@ def count_attention_calls(module: nn.Module) -> int:
     return _ATTENTION_CALLS.get(type(module).__name__, 1)
 
 
+def find_cache_index(module: nn.Module) -> int | None:
+    """The place of an attention module's keys and values in the cache of its model, if it keeps any."""
+    return getattr(module, "layer_idx", None)
+
+
 def read_batch_size(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     """Read the batch size of a forward of an attention module from its arguments."""
     hidden_states: Tensor = args[0] if args else next(item for item in kwargs.values() if isinstance(item, Tensor))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from ..architectures import find_cache_index
 from ..states import PrefixStates
 from .prepending import match_prefix
 
@@ -213,7 +214,7 @@ def find_prefixed_layer(module: nn.Module, cache: Any) -> PrefixedLayer | None:
     """
     if type(cache) is not DynamicCache or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
-    index = getattr(module, "layer_idx", None)
+    index = find_cache_index(module)
     if index is None or index >= len(cache.layers) or cache.offloading:
         return None
     layer = cache.layers[index]
