@@ -1,6 +1,9 @@
 """A cache that keeps the prefix in front of its tokens holds, and gives, what the cache of transformers does."""
 
 import copy
+import gc
+import pickle
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -14,8 +17,6 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from peft_prefix_plus.attention import prefixed_cache
-from peft_prefix_plus.attention.prefixed_cache import PrefixedLayer
-from peft_prefix_plus.states import PrefixStates
 
 Change = Callable[[DynamicCache], None]
 
@@ -60,8 +61,8 @@ def run_twice(model: PeftModel, change: Change, batch: int = 2, mask: Tensor | N
 
 
 def assert_caches_equal(joined: DynamicCache, plain: DynamicCache) -> None:
-    assert {type(layer) for layer in joined.layers} == {PrefixedLayer}
-    assert {type(layer) for layer in plain.layers} == {DynamicLayer}
+    assert {type(layer) for layer in (*joined.layers, *plain.layers)} == {DynamicLayer}
+    assert not any(layer in prefixed_cache._storages for layer in plain.layers)
     assert joined.get_seq_length() == plain.get_seq_length()
     for given, expected in zip(joined.layers, plain.layers, strict=True):
         assert_close(given.keys, expected.keys.detach(), atol=1e-5, rtol=1e-4)
@@ -69,7 +70,8 @@ def assert_caches_equal(joined: DynamicCache, plain: DynamicCache) -> None:
 
 
 def is_joined(cache: DynamicCache) -> bool:
-    return all(isinstance(layer, PrefixedLayer) and layer._storage is not None for layer in cache.layers)
+    storages = [prefixed_cache._storages.get(layer) for layer in cache.layers]
+    return all(storage and storage.is_shown_by(layer) for storage, layer in zip(storages, cache.layers, strict=True))
 
 
 def leave(cache: DynamicCache) -> None:
@@ -238,7 +240,7 @@ def test_a_long_prefix_is_not_copied_for_many_rows(monkeypatch: pytest.MonkeyPat
     model, cache, tokens = build(), DynamicCache(), draw_tokens(2, 9)
     with torch.no_grad():
         given = [step(model, cache, token) for token in tokens.split(1, dim=1)]
-    assert not any(layer._storage for layer in cache.layers if isinstance(layer, PrefixedLayer))
+    assert not is_joined(cache)
     assert_close(torch.cat(given, 1), model(tokens).logits, atol=1e-5, rtol=1e-4)
 
 
@@ -251,15 +253,58 @@ def test_rows_that_do_not_fit_are_refused(growth: str) -> None:
             step(model, cache, draw_tokens(1, 1))
 
 
-def test_rows_of_a_prefix_stay_with_their_rows() -> None:
-    layer, states = PrefixedLayer(DynamicLayer()), PrefixStates(*torch.randn(2, 2, 3, 5, 4))
-    tokens = torch.randn(2, 3, 6, 4)
+def test_tokens_that_others_replace_are_joined_no_more() -> None:
+    model, cache = build(), DynamicCache()
     with torch.no_grad():
-        layer.join(states, *layer.update(tokens, tokens))
-        layer.reorder_cache(torch.tensor([1, 1]))
-        keys, values = layer.update(tokens[:, :, :1], tokens[:, :, :1])
-        joined = layer.join(states, keys, values)
-    assert_close(joined.joined[0], torch.cat([states.keys, tokens[[1, 1]], tokens[:, :, :1]], 2))
+        step(model, cache, draw_tokens(2, 6))
+        step(model, cache, draw_tokens(2, 1))
+        assert is_joined(cache)
+        reorder(cache)
+        step(model, cache, draw_tokens(2, 1))
+    assert not is_joined(cache)
+
+
+def test_a_cache_stays_what_it_was_for_others(growth: str) -> None:
+    """Whoever holds a layer sees it grow, there is nothing more in it, and a cache that is gone leaves nothing."""
+    model = build()
+    cache = DynamicCache(config=model.config)
+    held, plain = cache.layers[0], DynamicCache()
+    for own, enabled in ((cache, False), (plain, True)):
+        with torch.set_grad_enabled(enabled):
+            for length in (60, 1, 1):
+                step(model, own, draw_tokens(2, length))
+    for layer in plain.layers:
+        layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
+    assert held is cache.layers[0] and held.get_seq_length() == 62
+    assert vars(cache.layers[0]).keys() == vars(plain.layers[0]).keys()
+    assert_close(pickle.loads(pickle.dumps(held)).keys, held.keys)
+    layers = weakref.WeakSet(cache.layers)
+    del held, layer, own, cache
+    gc.collect()
+    assert not layers
+
+
+def test_losses_on_tokens_survive_more_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefixed_cache, "_MIN_BYTES_TO_GROW", 0)
+    model, cache = build(), DynamicCache()
+    weight = torch.ones((), requires_grad=True)
+    with torch.no_grad():
+        for length in (30, 1, 1):
+            step(model, cache, draw_tokens(2, length))
+    keys = cache.layers[0].keys
+    loss = (keys * weight).sum()
+    with torch.no_grad():
+        step(model, cache, draw_tokens(2, 1))
+    loss.backward()
+    assert_close(weight.grad, keys.sum())
+
+
+def test_memory_that_others_exchange_is_noticed(growth: str) -> None:
+    def exchange(cache: DynamicCache) -> None:
+        for layer in cache.layers:
+            layer.keys.data = layer.keys.data * 2
+
+    run_twice(build(), exchange)
 
 
 def test_generate_joins() -> None:

@@ -10,7 +10,7 @@ from ..architectures import uses_attention_interface
 from ..states import PrefixStates
 from .arithmetic import attend_by_arithmetic, record_arithmetic
 from .delivery import PrefixDelivery, StatesRecorder, deliver_prefix, listen
-from .prefixed_cache import find_prefixed_layer
+from .prefixed_cache import find_dynamic_layer, run_prefixed
 from .routing import original_config, route_config
 
 
@@ -28,10 +28,15 @@ def attend_with_prefix(module: nn.Module, states: PrefixStates, *args: Any, **kw
     Raises:
         RuntimeError: if the module did not use the prefix.
     """
-    if uses_attention_interface(module):
-        cache_layer = find_prefixed_layer(module, kwargs.get("past_key_values"))
-        return deliver_prefix(PrefixDelivery(module, states, cache_layer), lambda: module(*args, **kwargs))
-    return deliver_prefix(PrefixDelivery(module, states), lambda: attend_by_arithmetic(module, *args, **kwargs))
+    if not uses_attention_interface(module):
+        return deliver_prefix(PrefixDelivery(module, states), lambda: attend_by_arithmetic(module, *args, **kwargs))
+    cache_layer = find_dynamic_layer(module, kwargs.get("past_key_values"))
+    if cache_layer is None:
+        return deliver_prefix(PrefixDelivery(module, states), lambda: module(*args, **kwargs))
+    return run_prefixed(
+        cache_layer,
+        lambda layer: deliver_prefix(PrefixDelivery(module, states, layer), lambda: module(*args, **kwargs)),
+    )
 
 
 @contextmanager
