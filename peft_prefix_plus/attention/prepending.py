@@ -28,7 +28,8 @@ def match_prefix(prefix: PrefixStates, key: Tensor, value: Tensor) -> PrefixStat
             f"The prefix has (kv_heads, key_dim, value_dim) = {given}, the attention module's own keys and values "
             f"have {expected}. The adapter belongs to another base model, or the architecture is not supported yet."
         )
-    if prefix.keys.shape[0] == batch and prefix.mask is None and _is_alike(prefix.keys, key):
+    are_alike = _is_alike(prefix.keys, key) and _is_alike(prefix.values, value)
+    if are_alike and prefix.keys.shape[0] == batch and prefix.mask is None:
         return prefix
     num_tokens = prefix.num_virtual_tokens
     keys = prefix.keys.to(device=key.device, dtype=key.dtype).expand(batch, heads, num_tokens, -1)
