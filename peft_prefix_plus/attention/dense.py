@@ -63,7 +63,7 @@ def attend_sdpa(
 ) -> tuple[Tensor, Tensor | None]:
     """Attend where a mask of `None` may mean causal attention; see [`attend_eager`]."""
     is_causal = attention_mask is None and _is_causal(module, query, kwargs)
-    # The kernel for parts is of use with masks and in half precision; the rest of what lies in one piece is not for it.
+    # What lies in one piece needs the kernel for parts with masks and in half precision only.
     if prefix.joined is not None and not is_causal and attention_mask is None and query.dtype == torch.float32:
         return attend_eager(attend, module, query, key, value, None, prefix, *args, **kwargs)
     if not args and can_merge(attend, query, key, value, attention_mask, prefix, kwargs):
