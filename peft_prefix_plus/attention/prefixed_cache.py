@@ -168,13 +168,7 @@ def _can_follow(storage: _Storage, keys: Tensor, values: Tensor) -> bool:
 
 
 def _are_plain(keys: Tensor, values: Tensor) -> bool:
-    """Whether nobody needs tensors as they are now: no gradient, no compiled code, no transform."""
-    return (
-        type(keys) is type(values) is Tensor
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-    )
+    return type(keys) is type(values) is Tensor
 
 
 def find_dynamic_layer(module: nn.Module, cache: Any) -> DynamicLayer | None:
@@ -185,10 +179,12 @@ def find_dynamic_layer(module: nn.Module, cache: Any) -> DynamicLayer | None:
         cache (`Cache`, *optional*): what it is called with.
 
     Returns:
-        `DynamicLayer`, *optional*: `None` where gradients or compiled code need the tensors as they are, and for other
-        caches than a `DynamicCache` that stays on its device.
+        `DynamicLayer`, *optional*: `None` where gradients, compiled code or transforms need the tensors as they are,
+        and for other caches than a `DynamicCache` that stays on its device.
     """
     if type(cache) is not DynamicCache or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
+    if torch._C._are_functorch_transforms_active():
         return None
     index = find_cache_index(module)
     if index is None or index >= len(cache.layers) or cache.offloading:
