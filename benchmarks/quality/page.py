@@ -36,8 +36,9 @@ choice.
 NO_RESULTS = """
 There are no results yet. `make bench-quality DATA=directory` runs a short experiment and writes this page.
 """
-COST = """Time and memory of training: means over the runs with the chosen rate, as ratios to those of LoRA on the same
-kind of machine. Other processes may have run beside them, so small differences mean nothing. A dash: not measured.
+COST = """CPU time and peak memory of training: means over the runs with the chosen rate, as ratios to those of LoRA on the
+same kind of machine. Other processes ran beside them and slow memory down, so small differences mean nothing;
+[Speed and memory](performance.md) has measurements side by side. A dash: not measured.
 """
 DIFFERENCES = """### {name}: {best} minus the others
 
@@ -116,10 +117,10 @@ def build_cost_table(results: list[MethodResults]) -> list[str]:
     rows = []
     for result in results:
         size = result.runs[0]["adapter_bytes"] / 1024
-        ratios = [write_ratio(result, lora, quantity) for quantity in ("train_seconds", "peak_memory_mib")]
+        ratios = [write_ratio(result, lora, quantity) for quantity in ("train_cpu_seconds", "peak_memory_mib")]
         rows.append([result.name, f"{result.runs[0]['trainable_parameters']:,}", f"{size:,.0f}", *ratios])
     return write_table(
-        ["method", "trained parameters", "adapter KB", "training time / LoRA", "peak memory / LoRA"], rows
+        ["method", "trained parameters", "adapter KB", "CPU time of training / LoRA", "peak memory / LoRA"], rows
     )
 
 
@@ -129,7 +130,7 @@ def write_ratio(result: MethodResults, lora: MethodResults | None, quantity: str
     means = []
     for own in (result, lora):
         runs = own.runs if own is not None else []
-        values = [run[quantity] for run in runs if run["machine"] == machine and run[quantity]]
+        values = [run[quantity] for run in runs if run["machine"] == machine and run.get(quantity)]
         if not values:
             return "–"
         means.append(mean(values))
