@@ -21,7 +21,7 @@ from benchmarks.quality.page import NO_RESULTS, write_page
 from benchmarks.quality.results_file import BASE_MODEL, ResultsFile, choose_learning_rate
 from benchmarks.quality.run import Benchmark
 from benchmarks.quality.segment_scores import SCORES, count_text_records, score_records
-from benchmarks.quality.tasks import GenerationTask
+from benchmarks.quality.tasks import ClassificationTask, GenerationTask
 from peft_prefix_plus.evaluation import compute_loss, generate_texts
 from peft_prefix_plus.examples import Example
 from peft_prefix_plus.metrics import compute_text_metrics
@@ -152,10 +152,12 @@ def test_batches_change_neither_losses_nor_texts(name, monkeypatch):
 def test_losses_of_a_start_from_a_text_are_those_of_prompts_with_the_text(name):
     tokenizer = build_chat_tokenizer()
     model = build_model("llama", vocab_size=len(tokenizer))
-    task = build_task(model, tokenizer)
-    prompted = [Example(INIT_TEXT[:4] + example.prompt, example.references) for example in EXAMPLES]
-    expected = task._measure_losses(model, prompted)
-    found = task._measure_losses(apply_method(name, model, tokenizer).model, EXAMPLES)
+    with torch.no_grad():
+        model.lm_head.weight *= 5  # no near ties
+    task = build_task(model, tokenizer, max_new_tokens=4)
+    expected, texts = task.prompted(INIT_TEXT[:4]).evaluate(model, "dev")
+    found, own_texts = task.evaluate(apply_method(name, model, tokenizer).model, "dev")
+    assert own_texts == texts
     assert found["tokens"] == expected["tokens"]
     assert found["loss"] == pytest.approx(expected["loss"], abs=1e-3)
 
@@ -244,8 +246,22 @@ def test_initial_tokens_are_the_same_examples_in_front_of_the_text():
     assert fit_tokens([1, 2, 3], 5) == [1, 2, 3, 1, 2] and fit_tokens([1, 2, 3], 2) == [1, 2]
     with pytest.raises(ValueError, match="6 examples there are, got 7"):
         build_initial_tokens({"examples": 7}, tokenizer, INIT_TEXT, EXAMPLES)
-    with pytest.raises(ValueError, match="takes 'text' and 'examples'"):
+    with pytest.raises(ValueError, match="fields 'text' and 'examples'"):
         build_initial_tokens({"texts": INIT_TEXT}, tokenizer, INIT_TEXT)
+
+
+def test_a_prompted_task_reads_the_text_in_training_and_in_evaluation(small_experiment):
+    path, _, results = small_experiment
+    benchmark = Benchmark(path, path.parent, results)
+    _, task, examples = benchmark._build("lora", 0)
+    rows, plain = task.tokenize(examples), benchmark.task.tokenize(examples)
+    added = len(rows[0]["input_ids"]) - len(plain[0]["input_ids"])
+    in_front = rows[0]["input_ids"][:added]
+    assert task.tokenizer.decode(in_front).endswith(INIT_TEXT)
+    assert [row["input_ids"] for row in rows] == [in_front + row["input_ids"] for row in plain]
+    assert [row["labels"] for row in rows] == [[-100] * added + row["labels"] for row in plain]
+    with pytest.raises(ValueError, match="remove `prompt`"):
+        ClassificationTask.__new__(ClassificationTask).prompted("Sort:")
 
 
 def test_a_prefix_of_examples_trains_its_last_tokens_only():
@@ -408,6 +424,7 @@ def small_experiment(tmp_path):
             for name in ("prefix", "lora", "full")
         },
     }
+    experiment["methods"]["lora"]["prompt"] = {"text": "$init_text", "examples": 1}
     path = tmp_path / "small.json"
     path.write_text(json.dumps(experiment))
     return path, experiment, tmp_path / "results"
@@ -436,6 +453,7 @@ def test_an_experiment_runs_once_and_gives_a_page(small_experiment, tmp_path):
     assert text == pages[1].read_text()
     for name in (BASE_MODEL, *experiment["methods"], "prefix minus the others", "test: BLEU"):
         assert name in text
+    assert "| Small: test | prefix |" in text
     figures = sorted(path.name for path in (tmp_path / "first" / "images").iterdir())
     assert figures == ["small_parameters.svg", "small_rates.svg"]
     for name in figures:

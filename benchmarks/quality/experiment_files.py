@@ -7,7 +7,7 @@ from typing import Any
 FIELDS = {"name", "model", "dtype", "task", "training", "generation", "seeds", "methods"}
 OPTIONAL_FIELDS = {"generation"}
 TASK_FIELDS = {"kind", "train", "train_limit", "evaluations", "init_text", "prompt_template", "exact_match"}
-METHOD_FIELDS = {"peft_type", "config", "learning_rates", "training"}
+METHOD_FIELDS = {"peft_type", "config", "prompt", "learning_rates", "training"}
 EVALUATION_FIELDS = {"path", "limit"}
 
 

@@ -50,7 +50,7 @@ def draw_parameters(results: list[MethodResults], path: Path) -> None:
                 values = result.get_scores(DEV, name)
                 middle = mean(values)
                 bars = [[middle - min(values)], [max(values) - middle]]
-                parameters = result.runs[0]["trainable_parameters"]
+                parameters = result.num_parameters
                 style = {"color": f"C{index % 10}", "marker": MARKERS[index % len(MARKERS)], "linestyle": "none"}
                 axes.errorbar(parameters, middle, yerr=bars, label=result.name, **style)
             axes.set(xscale="log", xlabel="trained parameters", ylabel=f"{SCORES[name].title} ({DEV})")

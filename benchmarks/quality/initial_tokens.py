@@ -1,4 +1,4 @@
-"""The tokens that a prefix or a prompt starts from."""
+"""The text, and its tokens, that a prefix or a prompt starts from."""
 
 from collections.abc import Sequence
 from itertools import cycle, islice
@@ -11,25 +11,37 @@ from peft_prefix_plus.examples import Example, write_demonstrations
 INIT_TEXT = "$init_text"
 
 
+def write_initial_text(init: dict[str, Any], init_text: str, examples: Sequence[Example] = ()) -> str:
+    """Write what an experiment file calls `init` or `prompt`.
+
+    Args:
+        init (`dict`): `text`, where `"$init_text"` stands for that of the task, and `examples` (default 0): how many
+            training examples stand in front of it.
+        init_text (`str`): the task's.
+        examples (`Sequence[Example]`): the training set.
+
+    Returns:
+        `str`: the prompt, the first reference and a line break of each example, then the text.
+    """
+    if set(init) - {"text", "examples"} or not init:
+        raise ValueError(f"Expected the fields 'text' and 'examples', got {init!r}.")
+    text = write_demonstrations(examples, init.get("examples", 0))
+    return text + (init_text if init.get("text") == INIT_TEXT else init.get("text", ""))
+
+
 def build_initial_tokens(
     init: dict[str, Any], tokenizer: PreTrainedTokenizerBase, init_text: str, examples: Sequence[Example] = ()
 ) -> list[int]:
     """Tokenize what an experiment file calls `init`, without special tokens.
 
     Args:
-        init (`dict`): `text`, where `"$init_text"` stands for that of the task, and `examples` (default 0): how many
-            training examples stand in front of it.
+        init, init_text, examples: see [`write_initial_text`].
         tokenizer (`PreTrainedTokenizerBase`): the base model's.
-        init_text (`str`): the task's.
-        examples (`Sequence[Example]`): the training set.
 
     Returns:
-        `list[int]`: the prompt, the first reference and a line break of each example, then the text.
+        `list[int]`: those of [`write_initial_text`].
     """
-    if set(init) - {"text", "examples"} or not init:
-        raise ValueError(f"`init` takes 'text' and 'examples', got {init!r}.")
-    text = write_demonstrations(examples, init.get("examples", 0))
-    text += init_text if init.get("text") == INIT_TEXT else init.get("text", "")
+    text = write_initial_text(init, init_text, examples)
     token_ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     if not token_ids:
         raise ValueError(f"`init` is {init!r} and the task's text {init_text!r}: no token to start from.")

@@ -1,6 +1,6 @@
 """The runs of a results file by method, with the chosen learning rate."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from statistics import mean
 from typing import Any
@@ -30,6 +30,12 @@ class MethodResults:
     runs: list[Run]
     first_seed_runs: list[Run]
     diverged: int = 0
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers are trained."""
+        count: int = self.runs[0]["trainable_parameters"]
+        return count
 
     @property
     def evaluations(self) -> list[str]:
@@ -91,7 +97,7 @@ def list_diverged(report: dict[str, Any]) -> list[str]:
     ]
 
 
-def find_best_prefix_plus(results: list[MethodResults]) -> MethodResults | None:
-    """The PrefixPlus method with the least mean loss on the set `dev`."""
-    own = [result for result in results if result.peft_type == "PREFIX_PLUS"]
+def find_best(results: list[MethodResults], peft_types: Container[str]) -> MethodResults | None:
+    """The method of some types with the least mean loss on the set `dev`."""
+    own = [result for result in results if result.peft_type in peft_types]
     return min(own, key=lambda result: mean(result.get_scores(DEV, "loss")), default=None)

@@ -5,20 +5,21 @@ python -m benchmarks.quality.page
 
 import argparse
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from benchmarks.quality.bootstrap import Difference, compare
+from benchmarks.quality.bootstrap import compare
 from benchmarks.quality.figures import draw_parameters, draw_rates
 from benchmarks.quality.method_results import (
     MethodResults,
     collect_results,
-    find_best_prefix_plus,
+    find_best,
     list_diverged,
 )
 from benchmarks.quality.segment_scores import SCORES
+from benchmarks.quality.summary import PREFIX_PLUS, build_summary
+from benchmarks.quality.tables import summarize, write_difference, write_table
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).with_name("results")
@@ -33,11 +34,18 @@ Every method was trained with each of its learning rates on the first seed. The 
 Rates are chosen on `dev`, so its values are slightly too good, for all methods alike; other sets had no part in any
 choice.
 """
+SUMMARY = """## Summary
+
+The PrefixPlus method with the least loss on `dev` beside rivals that train at most a tenth more parameters: LoRA, and
+of PEFT's own prefix methods the one with the least loss on `dev`. Differences have intervals of 95 % by paired
+bootstrap, bold where they exclude zero; a negative difference of the loss is in favour of PrefixPlus, as is a positive
+one of the score. All methods, and what they cost, are below.
+"""
 NO_RESULTS = """
 There are no results yet. `make bench-quality DATA=directory` runs a short experiment and writes this page.
 """
-COST = """CPU time and peak memory of training: means over the runs with the chosen rate, as ratios to those of LoRA on the
-same kind of machine. Other processes ran beside them and slow memory down, so small differences mean nothing;
+COST = """CPU time and peak memory of training: means over the runs with the chosen rate, as ratios to those of LoRA on
+the same kind of machine. Other processes ran beside them and slow memory down, so small differences mean nothing;
 [Speed and memory](performance.md) has measurements side by side. A dash: not measured.
 """
 DIFFERENCES = """### {name}: {best} minus the others
@@ -63,7 +71,7 @@ def build_section(name: str, report: dict[str, Any], images: Path) -> list[str]:
             lines += [f"### {name}: {evaluation}", "", *build_score_table(measured, evaluation), ""]
     lines += [f"### {name}: cost", "", COST, *build_cost_table(trained), ""]
     lines += describe_rates(trained, report)
-    best = find_best_prefix_plus(results)
+    best = find_best(results, PREFIX_PLUS)
     rivals = [result for result in trained if result.peft_type != "PREFIX_PLUS"]
     if best is not None and rivals:
         count = sum(result.peft_type == "PREFIX_PLUS" for result in trained)
@@ -106,7 +114,7 @@ def build_score_table(results: list[MethodResults], evaluation: str) -> list[str
         rate = "" if result.learning_rate is None else f"{result.learning_rate:g}"
         seeds = "" if result.learning_rate is None else str(len(result.runs))
         scores = (summarize(result.get_scores(evaluation, name), SCORES[name].digits) for name in names)
-        rows.append([result.name, f"{result.runs[0]['trainable_parameters']:,}", rate, seeds, *scores])
+        rows.append([result.name, f"{result.num_parameters:,}", rate, seeds, *scores])
     titles = [SCORES[name].title for name in names]
     return write_table(["method", "trained parameters", "learning rate", "seeds", *titles], rows)
 
@@ -118,7 +126,7 @@ def build_cost_table(results: list[MethodResults]) -> list[str]:
     for result in results:
         size = result.runs[0]["adapter_bytes"] / 1024
         ratios = [write_ratio(result, lora, quantity) for quantity in ("train_cpu_seconds", "peak_memory_mib")]
-        rows.append([result.name, f"{result.runs[0]['trainable_parameters']:,}", f"{size:,.0f}", *ratios])
+        rows.append([result.name, f"{result.num_parameters:,}", f"{size:,.0f}", *ratios])
     return write_table(
         ["method", "trained parameters", "adapter KB", "CPU time of training / LoRA", "peak memory / LoRA"], rows
     )
@@ -176,35 +184,15 @@ def build_comparison(name: str, best: MethodResults, choice: str, rivals: list[M
     return [introduction, *write_table(["minus", *titles], rows), "", *verdict, ""]
 
 
-def write_difference(difference: Difference, digits: int) -> str:
-    """A difference with its interval, bold if that excludes zero."""
-    value, lower, upper = (f"{number:+.{digits}f}" for number in difference)
-    mark = "**" if difference.excludes_zero else ""
-    return f"{mark}{value} ({lower} to {upper}){mark}"
-
-
-def summarize(values: Iterable[float], digits: int) -> str:
-    """`mean (least to greatest)`, or the only value."""
-    listed = list(values)
-    if len(listed) == 1:
-        return f"{listed[0]:.{digits}f}"
-    return f"{mean(listed):.{digits}f} ({min(listed):.{digits}f} to {max(listed):.{digits}f})"
-
-
-def write_table(titles: list[str], rows: list[list[str]]) -> list[str]:
-    """A Markdown table."""
-    return [f"| {' | '.join(line)} |" for line in (titles, ["---"] * len(titles), *rows)]
-
-
 def write_page(results: Path, docs: Path) -> Path:
     """Write `quality.md` and `images/` into `docs` from the files in `results`; returns the page."""
-    lines = [INTRODUCTION]
-    paths = sorted(results.glob("*.json"))
-    for path in paths:
-        lines += build_section(path.stem, json.loads(path.read_text(encoding="utf-8")), docs / "images")
+    reports = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("*.json"))}
+    lines = [INTRODUCTION, SUMMARY, *build_summary(reports), ""]
+    for name, report in reports.items():
+        lines += build_section(name, report, docs / "images")
     docs.mkdir(parents=True, exist_ok=True)
     page = docs / "quality.md"
-    page.write_text("\n".join(lines) if paths else INTRODUCTION + NO_RESULTS, encoding="utf-8")
+    page.write_text("\n".join(lines) if reports else INTRODUCTION + NO_RESULTS, encoding="utf-8")
     return page
 
 

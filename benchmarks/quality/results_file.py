@@ -10,7 +10,7 @@ from typing import Any
 
 Run = dict[str, Any]
 KEY = ("method", "learning_rate", "seed")
-SETTING = ("peft_type", "config", "training")
+SETTING = ("peft_type", "config", "prompt", "training")
 BASE_MODEL = "base model"
 
 

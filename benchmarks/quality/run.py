@@ -18,10 +18,11 @@ from transformers import Trainer, TrainingArguments, set_seed
 from benchmarks.environment import describe_machine, list_versions
 from benchmarks.peak_memory import read_peak_memory, reset_peak_memory
 from benchmarks.quality.experiment_files import load_experiment
+from benchmarks.quality.initial_tokens import write_initial_text
 from benchmarks.quality.methods import AppliedMethod, build_method, remove_method
-from benchmarks.quality.results_file import BASE_MODEL, ResultsFile, Run, choose_learning_rate
+from benchmarks.quality.results_file import BASE_MODEL, SETTING, ResultsFile, Run, choose_learning_rate
 from benchmarks.quality.segment_scores import is_finite, score_records
-from benchmarks.quality.tasks import build_task
+from benchmarks.quality.tasks import Task, build_task
 
 RESULTS = Path(__file__).parent / "results"
 DEV = "dev"
@@ -71,22 +72,23 @@ class Benchmark:
         if not missing or (done is not None and done["diverged"]):
             return
         print(f"--- {name}, learning rate {learning_rate:g}, seed {seed}: {', '.join(missing)}", flush=True)
-        applied, examples = self._build(name, seed)
+        applied, task, examples = self._build(name, seed)
         kept = directory / f"{learning_rate:g}-{seed}.pt"
         if done is not None and kept.exists():
             applied.load_trainable(kept)
         else:
-            trained = self._train(applied, examples, self.experiment["methods"][name], learning_rate, seed)
+            trained = self._train(applied, task, examples, self.experiment["methods"][name], learning_rate, seed)
             # If an earlier call has trained this run, its measurements stay.
             done = done or {"method": name, "learning_rate": learning_rate, "seed": seed, **trained}
             if evaluations != self._evaluations:
                 applied.save_trainable(kept)
-        run = done | self._evaluate(applied, missing)
+        run = done | self._evaluate(applied, task, missing)
         remove_method(applied)
         self._add(run)
 
-    def _build(self, name: str, seed: int) -> tuple[AppliedMethod, list[Any]]:
-        method = self.experiment["methods"][name]
+    def _build(self, name: str, seed: int) -> tuple[AppliedMethod, Task, list[Any]]:
+        """A method with a seed, its task, whose prompts may be its own, and the training set."""
+        method, init_text = self.experiment["methods"][name], self.experiment["task"].get("init_text", "")
         examples = self.task.draw_examples(seed)
         # A prefix that starts from examples starts from other ones for every seed.
         start = random.Random(seed).sample(examples, len(examples))
@@ -96,14 +98,23 @@ class Benchmark:
             method["config"],
             self.task.model,
             self.task.tokenizer,
-            self.experiment["task"].get("init_text", ""),
+            init_text,
             start,
             self.task.task_type,
         )
-        return applied, examples
+        task = self.task
+        if "prompt" in method:
+            task = task.prompted(write_initial_text(method["prompt"], init_text, start))
+        return applied, task, examples
 
     def _train(
-        self, applied: AppliedMethod, examples: list[Any], method: dict[str, Any], learning_rate: float, seed: int
+        self,
+        applied: AppliedMethod,
+        task: Task,
+        examples: list[Any],
+        method: dict[str, Any],
+        learning_rate: float,
+        seed: int,
     ) -> Run:
         own = method.get("training", {})
         with tempfile.TemporaryDirectory() as directory:
@@ -117,13 +128,13 @@ class Benchmark:
                 disable_tqdm=True,
                 **(self.experiment["training"] | own),
             )
-            rows = self.task.tokenize(examples)
-            trainer = Trainer(applied.model, arguments, train_dataset=rows, data_collator=self.task.collator)
+            rows = task.tokenize(examples)
+            trainer = Trainer(applied.model, arguments, train_dataset=rows, data_collator=task.collator)
             reset_peak_memory()
             start = time.process_time()
             loss = trainer.train().training_loss
             seconds, peak = time.process_time() - start, read_peak_memory()
-        return {name: method[name] for name in ("peft_type", "config", "training") if name in method} | {
+        return {name: method[name] for name in SETTING if name in method} | {
             "trainable_parameters": applied.count_parameters(),
             "adapter_bytes": applied.measure_bytes(),
             "train_loss": loss if is_finite(loss) else None,
@@ -133,10 +144,10 @@ class Benchmark:
             "versions": list_versions(),
         }
 
-    def _evaluate(self, applied: AppliedMethod, evaluations: list[str]) -> Run:
+    def _evaluate(self, applied: AppliedMethod, task: Task, evaluations: list[str]) -> Run:
         evaluated: Run = {"diverged": False, "scores": {}, "records": {}}
         for name in evaluations:
-            records, samples = self.task.evaluate(applied.model, name)
+            records, samples = task.evaluate(applied.model, name)
             if not is_finite(records["loss"]):
                 return {"diverged": True, "scores": {}, "records": {}}
             evaluated["scores"][name] = score_records(records)
@@ -151,7 +162,7 @@ class Benchmark:
         missing = [name for name in self._evaluations if name not in done["scores"]]
         if missing:
             base = AppliedMethod(self.task.model, self.task.model)
-            self._add(run | {"versions": list_versions()} | self._evaluate(base, missing))
+            self._add(run | {"versions": list_versions()} | self._evaluate(base, self.task, missing))
 
     def _add(self, run: Run) -> None:
         self.results.add(run)

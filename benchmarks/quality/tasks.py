@@ -1,9 +1,11 @@
 """What is trained and measured: texts that follow a prompt, or labels of texts."""
 
+import copy
 import importlib.util
 import json
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -45,6 +47,9 @@ class Task(Protocol):
     tokenizer: PreTrainedTokenizerBase
     collator: Callable[[list[Row]], Any]
 
+    def prompted(self, text: str) -> "Task":
+        """The same task with a text in front of every prompt, in training and in evaluation."""
+
     def draw_examples(self, seed: int) -> list[Any]:
         """The training set of a seed; a part of it, if the experiment limits it."""
 
@@ -76,6 +81,7 @@ class GenerationTask:
     """Texts that follow a prompt, scored by their loss and by what the model writes itself."""
 
     task_type = "CAUSAL_LM"
+    _text_in_front = ""
 
     def __init__(self, experiment: dict[str, Any], data: Path) -> None:
         task = experiment["task"]
@@ -92,13 +98,19 @@ class GenerationTask:
             for name, own in task["evaluations"].items()
         }
 
+    def prompted(self, text: str) -> "GenerationTask":
+        """See [`Task`]."""
+        task = copy.copy(self)
+        task._text_in_front = text
+        return task
+
     def draw_examples(self, seed: int) -> list[Example]:
         """See [`Task`]."""
         return draw_sample(self._train, self._train_limit, seed)
 
     def tokenize(self, examples: list[Example]) -> list[Row]:
         """See [`Task`]."""
-        return tokenize_examples(examples, self.tokenizer)
+        return tokenize_examples(self._prompt(examples), self.tokenizer)
 
     def evaluate(self, model: nn.Module, name: str) -> tuple[Records, list[str]]:
         """See [`Task`]. A model whose loss is not finite writes no texts."""
@@ -106,12 +118,15 @@ class GenerationTask:
         records = self._measure_losses(model, examples)
         if not is_finite(records["loss"]):
             return records, []
-        prompts = [example.prompt for example in examples]
+        prompts = [example.prompt for example in self._prompt(examples)]
         texts = self._generate(model, prompts)
         records |= count_text_records(texts, [example.references for example in examples])
         if self._counts_exact:
             records["exact"] = [int(text in own.references) for text, own in zip(texts, examples, strict=True)]
         return records, texts[:NUM_SAMPLES]
+
+    def _prompt(self, examples: Sequence[Example]) -> list[Example]:
+        return [replace(example, prompt=self._text_in_front + example.prompt) for example in examples]
 
     def _generate(self, model: nn.Module, prompts: list[str]) -> list[str]:
         """Without padding for methods that it would disturb, so that they are not judged by it."""
@@ -167,6 +182,10 @@ class ClassificationTask:
         )
         self.tokenizer = AutoTokenizer.from_pretrained(path)
         self.collator = DataCollatorWithPadding(self.tokenizer)
+
+    def prompted(self, text: str) -> "ClassificationTask":
+        """Refused."""
+        raise ValueError(f"Classifiers get no prompt, so {text!r} would be ignored; remove `prompt` from the method.")
 
     def draw_examples(self, seed: int) -> list[Row]:
         """See [`Task`]."""
