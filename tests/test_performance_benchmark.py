@@ -1,9 +1,12 @@
 """The performance benchmark runs from the measurement to its page, and its rounds are fair."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from tiny_models import build_model
 
+from benchmarks.peak_memory import read_peak_memory, reset_peak_memory
 from benchmarks.performance.cases import count_saved_bytes, draw_ids, measure_peak, truncate_layers
 from benchmarks.performance.measure import Measurement
 from benchmarks.performance.page import write_page
@@ -79,3 +82,13 @@ def test_ids_are_drawn_from_the_vocabulary():
     ids = draw_ids(model, 4, 50)
     assert ids.max() < model.config.vocab_size
     assert torch.equal(ids, draw_ids(model, 4, 50))
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells the peak memory")
+def test_the_peak_is_that_since_the_reset():
+    reset_peak_memory()
+    before = read_peak_memory()
+    torch.ones(50 * 2**20, dtype=torch.float32)
+    assert 150 << 20 < read_peak_memory() - before < 300 << 20
+    reset_peak_memory()
+    assert read_peak_memory() - before < 100 << 20
