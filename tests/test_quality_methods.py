@@ -7,7 +7,7 @@ from quality_settings import INIT_TEXT, SETTINGS
 from tiny_models import build_chat_tokenizer, build_model
 from transformers import DataCollatorForSeq2Seq
 
-from benchmarks.quality.initial_tokens import build_initial_tokens, fit_tokens
+from benchmarks.quality.initial_tokens import build_initial_tokens
 from benchmarks.quality.methods import build_method, remove_method
 from benchmarks.quality.segment_scores import score_records
 from benchmarks.quality.tasks import GenerationTask
@@ -146,7 +146,6 @@ def test_initial_tokens_are_the_same_examples_in_front_of_the_text():
     shown = [example for example in EXAMPLES if f"{example.prompt}{example.references[0]}\n" in text]
     assert text.endswith(INIT_TEXT) and len(shown) == 2
     assert ids == build_initial_tokens({"text": INIT_TEXT, "examples": 2}, tokenizer, "", EXAMPLES)
-    assert fit_tokens([1, 2, 3], 5) == [1, 2, 3, 1, 2] and fit_tokens([1, 2, 3], 2) == [1, 2]
     with pytest.raises(ValueError, match="6 examples there are, got 7"):
         build_initial_tokens({"examples": 7}, tokenizer, INIT_TEXT, EXAMPLES)
     with pytest.raises(ValueError, match="fields 'text' and 'examples'"):

@@ -1,7 +1,6 @@
 """The text, and its tokens, that a prefix or a prompt starts from."""
 
 from collections.abc import Sequence
-from itertools import cycle, islice
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -46,8 +45,3 @@ def build_initial_tokens(
     if not token_ids:
         raise ValueError(f"`init` is {init!r} and the task's text {init_text!r}: no token to start from.")
     return token_ids
-
-
-def fit_tokens(token_ids: Sequence[int], length: int) -> list[int]:
-    """The first `length` tokens, or all of them again and again: how PrefixPlus and PEFT fill a length."""
-    return list(islice(cycle(token_ids), length))

@@ -14,9 +14,10 @@ from peft.tuners.cartridge.utils import initialize_kv_prefix_from_past_key_value
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from benchmarks.quality.initial_tokens import build_initial_tokens, fit_tokens
+from benchmarks.quality.initial_tokens import build_initial_tokens
 from peft_prefix_plus import PrefixPlusConfig
 from peft_prefix_plus.examples import Example
+from peft_prefix_plus.initialization import fit_token_ids
 
 FULL, HEAD = "FULL", "HEAD"
 CONFIG_CLASSES = {
@@ -134,7 +135,7 @@ def _build(
         if peft_type not in _STARTS:
             raise ValueError(f"{peft_type} does not start from tokens; remove `init` from its settings.")
         token_ids = build_initial_tokens(fields.pop("init"), tokenizer, init_text, examples)
-        token_ids = fit_tokens(token_ids, fields.setdefault("num_virtual_tokens", len(token_ids)))
+        token_ids = fit_token_ids(token_ids, fields.setdefault("num_virtual_tokens", len(token_ids)))
         if peft_type == "PREFIX_PLUS":
             fields["prefix_init_token_ids"] = token_ids
     if "num_trained_tokens" in fields:
