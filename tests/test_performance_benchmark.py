@@ -1,5 +1,7 @@
 """The performance benchmark runs from the measurement to its page, and its rounds are fair."""
 
+import json
+import time
 from pathlib import Path
 
 import pytest
@@ -7,26 +9,36 @@ import torch
 from tiny_models import build_model
 
 from benchmarks.peak_memory import read_peak_memory, reset_peak_memory
-from benchmarks.performance.cases import count_saved_bytes, draw_ids, measure_peak, truncate_layers
-from benchmarks.performance.measure import Measurement
+from benchmarks.performance.cases import count_saved_bytes, draw_ids, generate, measure_peak, truncate_layers
+from benchmarks.performance.measure import Measurement, list_missing, read_report
 from benchmarks.performance.page import write_page
-from benchmarks.performance.rivals import BARE, CONFIGS, build_rivals, share_weights
+from benchmarks.performance.rivals import BARE, CONFIGS, PREFIX, build_rivals, share_weights
 from benchmarks.performance.rounds import subtract, summarize, time_rounds
 
 SETTING = {
     "rounds": 2,
-    "steps": [{"batch": 2, "length": 8}, {"batch": 2, "length": 8, "checkpointing": True}],
-    "generation": [{"batch": 2, "context": 8, "new": 3}],
-    "mixed": [{"context": 4, "new": 2}],
-    "lengths": [1],
-    "depths": [1],
+    "cases": {
+        "steps": [{"batch": 2, "length": 8}, {"batch": 2, "length": 8, "checkpointing": True}],
+        "generation": [{"batch": 2, "context": 8, "new": 3}],
+        "lengths": [{"num_virtual_tokens": 1}],
+        "depths": [{"depth": 1}],
+        "adapters": [{}],
+        "mixed_batches": [{"context": 4, "new": 2}],
+    },
 }
 
 
 def test_what_is_measured_makes_a_page(tmp_path):
     base = build_model("llama", max_position_embeddings=512)
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
-    results = Measurement(base, SETTING).run()
+    measurement, results = Measurement(base, SETTING["rounds"]), {}
+    for kind, case in list_missing(SETTING, {}):
+        results.setdefault(kind, []).append(measurement.measure(kind, case))
+    assert list(measurement.models[PREFIX].peft_config) == ["default"]
+    assert list(list_missing(SETTING, results)) == []
+    assert list(list_missing(SETTING, results | {"steps": results["steps"][1:]})) == [
+        ("steps", {"batch": 2, "length": 8})
+    ]
     assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
     assert set(results["steps"][0]["times"]) == {BARE, *CONFIGS}
     assert all(step["times"][BARE]["ratio"] == 1 for step in results["steps"])
@@ -35,6 +47,15 @@ def test_what_is_measured_makes_a_page(tmp_path):
     page = (tmp_path / "performance.md").read_text()
     assert "step, 2 x 8 tokens, checkpointing" in page
     assert (tmp_path / "images" / "performance_short.png").stat().st_size > 1000
+
+
+def test_an_interrupted_measurement_goes_on_with_its_file(tmp_path):
+    path, head = tmp_path / "full.json", {"threads": 2, "versions": {"torch": "2"}}
+    report = {**head, "dtypes": {"float32": {"steps": []}}}
+    path.write_text(json.dumps(report))
+    assert read_report(path, head) == report
+    with pytest.raises(ValueError, match="another threads"):
+        read_report(path, head | {"threads": 1})
 
 
 def test_rivals_share_all_weights_of_the_base_model():
@@ -54,6 +75,20 @@ def test_a_round_has_every_run_once_and_the_first_does_not_count():
     assert all(set(order[start : start + 3]) == set("abc") for start in range(0, 12, 3))
     assert len(order) == 12
     assert len({tuple(order[start : start + 3]) for start in range(0, 12, 3)}) > 1
+
+
+def test_no_round_begins_once_the_budget_is_spent_and_three_are_done():
+    assert len(time_rounds({"a": lambda: None}, 9, budget=0)["a"]) == 3
+    assert len(time_rounds({"a": lambda: None}, 2, budget=0)["a"]) == 2
+    assert len(time_rounds({"a": lambda: None}, 9, budget=60)["a"]) == 9
+
+
+def test_the_first_token_comes_before_the_others():
+    model = build_model("llama")
+    generate(model, 2, 5, 3)
+    start = time.perf_counter()
+    first = generate(model, 2, 5, 40)
+    assert 0 < first < (time.perf_counter() - start) / 4
 
 
 def test_ratios_are_taken_within_a_round():

@@ -1,12 +1,13 @@
 """What people do with a model that has an adapter, as runs that can be timed."""
 
+import time
 from collections.abc import Callable
 from functools import partial
 
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import LogitsProcessor, PreTrainedModel
 
 from benchmarks.peak_memory import read_memory, read_peak_memory, reset_peak_memory
 
@@ -34,13 +35,27 @@ def train_step(model: nn.Module, batch: int, length: int, checkpointing: bool = 
     model.zero_grad(set_to_none=True)
 
 
+class FirstToken(LogitsProcessor):
+    """Notes when the scores of the first new token are there, and changes nothing."""
+
+    time: float | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.time = self.time or time.perf_counter()
+        return scores
+
+
 @torch.no_grad()
-def generate(model: nn.Module, batch: int, context: int, new: int) -> None:
-    """Greedy generation of a fixed number of tokens."""
+def generate(model: nn.Module, batch: int, context: int, new: int) -> float:
+    """Greedy generation of a fixed number of tokens; returns the seconds to the first of them."""
     ids = draw_ids(model, batch, context)
     model.eval()
+    first = FirstToken()
     settings = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
-    model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
+    start = time.perf_counter()
+    model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), logits_processor=[first], **settings)
+    assert first.time is not None
+    return first.time - start
 
 
 def count_saved_bytes(model: nn.Module, run: Run) -> int:

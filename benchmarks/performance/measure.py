@@ -3,12 +3,15 @@
     python -m benchmarks.performance.measure --setting short --output benchmarks/performance/short.json
 
 A round runs every rival once, in an order that changes from round to round; what is reported are the medians of the
-ratios to the base model within a round, so slow phases of the machine hit all rivals alike.
+ratios to the base model within a round, so slow phases of the machine hit all rivals alike. Every case is written when
+it is measured; with `--resume`, an interrupted measurement goes on with what is missing.
 """
 
 import argparse
 import json
 import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,36 +35,44 @@ from benchmarks.performance.rivals import BARE, LORA, NATIVE, PREFIX, build_pref
 from benchmarks.performance.rounds import subtract, summarize, time_rounds
 from peft_prefix_plus.base_models import load_base_model
 
+Case = dict[str, Any]
+# By kind, the cases; what they hold are arguments of the methods of `Measurement`.
 SETTINGS: dict[str, dict[str, Any]] = {
     # About 14 minutes on two cores.
     "short": {
         "rounds": 5,
-        "steps": [{"batch": 4, "length": 96}, {"batch": 4, "length": 96, "checkpointing": True}],
-        "generation": [{"batch": 4, "context": 256, "new": 33}, {"batch": 1, "context": 64, "new": 33}],
-        "mixed": [{"context": 64, "new": 16}],
-        "lengths": [],
-        "depths": [],
+        "cases": {
+            "steps": [{"batch": 4, "length": 96}, {"batch": 4, "length": 96, "checkpointing": True}],
+            "generation": [{"batch": 4, "context": 256, "new": 33}, {"batch": 1, "context": 64, "new": 33}],
+            "adapters": [{}],
+            "mixed_batches": [{"context": 64, "new": 16}],
+        },
     },
-    # About two hours.
     "full": {
         "rounds": 9,
-        "steps": [
-            {"batch": batch, "length": length, "checkpointing": checkpointing}
-            for batch, length in ((1, 64), (1, 256), (1, 1024), (8, 64), (8, 256), (8, 1024))
-            for checkpointing in (False, True)
-        ],
-        "generation": [
-            {"batch": batch, "context": context, "new": 33}
-            for batch in (1, 4, 16)
-            for context in (64, 256, 1024, 2048)
-        ],
-        "mixed": [{"context": 64, "new": 16}, {"context": 64, "new": 64}],
-        "lengths": [1, 4, 16, 64, 256],
-        "depths": [6, 12, 18, 24, 30],
+        # Seconds after which a case begins no further round.
+        "budget": 60,
+        "cases": {
+            "steps": [
+                *({"batch": batch, "length": length} for batch in (1, 8) for length in (64, 256, 1024)),
+                {"batch": 1, "length": 1024, "checkpointing": True},
+                {"batch": 8, "length": 256, "checkpointing": True},
+            ],
+            "generation": [
+                {"batch": batch, "context": context, "new": 33}
+                for batch in (1, 16)
+                for context in (64, 256, 1024, 2048)
+            ],
+            "lengths": [{"num_virtual_tokens": length} for length in (1, 4, 16, 64, 256)],
+            "depths": [{"depth": depth} for depth in (6, 12, 18, 24, 30)],
+            "adapters": [{}],
+            "mixed_batches": [{"context": 64, "new": 16}, {"context": 64, "new": 64}],
+        },
     },
 }
 STEP = {"batch": 4, "length": 96}
 GENERATION = {"batch": 4, "context": 256, "new": 33}
+NUM_MIXED = 8
 
 
 class Measurement:
@@ -69,61 +80,64 @@ class Measurement:
 
     Args:
         base (`PreTrainedModel`): the model, with weights that nothing changes.
-        setting (`dict`): an entry of `SETTINGS`.
+        rounds (`int`): how often everything is timed, at most.
+        budget (`float`, *optional*): see [`time_rounds`].
     """
 
-    def __init__(self, base: PreTrainedModel, setting: dict[str, Any]) -> None:
+    def __init__(self, base: PreTrainedModel, rounds: int, budget: float | None = None) -> None:
         self.base = base
-        self.setting = setting
-        self.rounds: int = setting["rounds"]
         self.models = build_rivals(base)
-
-    def run(self) -> dict[str, Any]:
-        """Measure everything that the setting names."""
-        return {
-            "steps": [self.measure_step(self.models, **step) for step in self.setting["steps"]],
-            "generation": [self.measure_generation(self.models, **case) for case in self.setting["generation"]],
-            "lengths": [self.measure_length(length) for length in self.setting["lengths"]],
-            "depths": [self.measure_depth(depth) for depth in self.setting["depths"]],
-            "adapters": self.measure_adapters(),
-            "mixed_batches": self.measure_mixed_batches(),
+        self._time = partial(time_rounds, rounds=rounds, budget=budget)
+        self._kinds: dict[str, Callable[..., Case]] = {
+            "steps": self.measure_step,
+            "generation": self.measure_generation,
+            "lengths": self.measure_length,
+            "depths": self.measure_depth,
+            "adapters": self.measure_adapters,
+            "mixed_batches": self.measure_mixed_batch,
         }
 
-    def measure_step(self, models: dict[str, nn.Module], **step: Any) -> dict[str, Any]:
+    def measure(self, kind: str, case: Case) -> Case:
+        """Measure one case of a setting; returns its figures, and the case itself as `case`."""
+        return {"case": case} | self._kinds[kind](**case)
+
+    def measure_step(self, **step: Any) -> Case:
         """A training step: its time, what it keeps for the backward pass, and the peak of the memory."""
+        models = dict(self.models)
         if step.get("checkpointing"):
-            models = {name: model for name, model in models.items() if name != NATIVE}
+            del models[NATIVE]
         runs = build_runs(models, train_step, **step)
-        times = summarize(time_rounds(runs, self.rounds), BARE)
+        times = summarize(self._time(runs), BARE)
         saved = {name: count_saved_bytes(models[name], run) for name, run in runs.items()}
         peaks = {name: measure_peak(run) for name, run in runs.items()}
-        return _report({"case": step, "times": times, "saved_bytes": saved, "peak_bytes": peaks})
+        return {"times": times, "saved_bytes": saved, "peak_bytes": peaks}
 
-    def measure_generation(self, models: dict[str, nn.Module], **case: int) -> dict[str, Any]:
+    def measure_generation(self, **case: int) -> Case:
         """Generation as a whole, its first token, which reads the context, and the others."""
-        whole = time_rounds(build_runs(models, generate, **case), self.rounds)
-        first = time_rounds(build_runs(models, generate, **case | {"new": 1}), self.rounds)
+        first: dict[str, list[float]] = {name: [] for name in self.models}
+        runs = build_runs(self.models, generate, **case)
+        noted = {name: partial(lambda name: first[name].append(runs[name]()), name) for name in runs}
+        whole = self._time(noted)
+        # Without those of the round that does not count.
+        first = {name: own[1:] for name, own in first.items()}
         parts = {"times": whole, "prefill": first, "decoding": subtract(whole, first)}
-        return _report({"case": case} | {name: summarize(seconds, BARE) for name, seconds in parts.items()})
+        return {name: summarize(seconds, BARE) for name, seconds in parts.items()}
 
-    def measure_length(self, num_virtual_tokens: int) -> dict[str, Any]:
+    def measure_length(self, num_virtual_tokens: int) -> Case:
         """A step and a generation with prefixes of one length."""
-        names = (BARE, PREFIX, NATIVE)
-        return self._measure_both(
-            {"virtual tokens": num_virtual_tokens}, build_rivals(self.base, names, num_virtual_tokens)
-        )
+        return self._measure_both(build_rivals(self.base, (BARE, PREFIX, NATIVE), num_virtual_tokens))
 
-    def measure_depth(self, depth: int) -> dict[str, Any]:
+    def measure_depth(self, depth: int) -> Case:
         """A step and a generation with the first layers of the model."""
         base = truncate_layers(share_weights(self.base), depth)
-        return self._measure_both({"layers": depth}, build_rivals(base, (BARE, PREFIX, LORA)))
+        return self._measure_both(build_rivals(base, (BARE, PREFIX, LORA)))
 
-    def _measure_both(self, case: dict[str, int], models: dict[str, nn.Module]) -> dict[str, Any]:
-        step = time_rounds(build_runs(models, train_step, **STEP), self.rounds)
-        generation = time_rounds(build_runs(models, generate, **GENERATION), self.rounds)
-        return _report({"case": case, "step": summarize(step, BARE), "generation": summarize(generation, BARE)})
+    def _measure_both(self, models: dict[str, nn.Module]) -> Case:
+        step = self._time(build_runs(models, train_step, **STEP))
+        generation = self._time(build_runs(models, generate, **GENERATION))
+        return {"step": summarize(step, BARE), "generation": summarize(generation, BARE)}
 
-    def measure_adapters(self) -> dict[str, Any]:
+    def measure_adapters(self) -> Case:
         """Seconds to load one more adapter and delete it, and to make another one the active one, 20 times."""
         loading, switching = {}, {}
         with tempfile.TemporaryDirectory() as directory:
@@ -133,34 +147,50 @@ class Measurement:
                 model.add_adapter("other", model.peft_config["default"])
                 switching[name] = build_switch(model, ["default", "other"])
             parts = {"loading": loading, "switching": switching}
-            times = {name: summarize(time_rounds(runs, self.rounds), LORA) for name, runs in parts.items()}
+            times = {name: summarize(self._time(runs), LORA) for name, runs in parts.items()}
         for name in loading:
             self.models[name].delete_adapter("other")
             self.models[name].set_adapter("default")
-        return _report(times)
+        return times
 
-    def measure_mixed_batches(self) -> list[dict[str, Any]]:
+    def measure_mixed_batch(self, context: int, new: int) -> Case:
         """One pass over eight rows with eight adapters against eight passes of one row."""
         model: Any = self.models[PREFIX]
-        names = [f"adapter{number}" for number in range(8)]
+        names = [f"adapter{number}" for number in range(NUM_MIXED)]
         for number, name in enumerate(names):
             model.add_adapter(name, build_prefix("none", 16 + number))
-        model.eval()
-        return [self._measure_mixed_batch(model, names, **case) for case in self.setting["mixed"]]
-
-    def _measure_mixed_batch(self, model: Any, names: list[str], context: int, new: int) -> dict[str, Any]:
-        runs = build_mixed_batch(model, names, context, new)
+        runs = build_mixed_batch(model.eval(), names, context, new)
         # What the same rows cost the base model tells how much of the gain is that of any batch.
-        bare: Any = self.models[BARE]
-        runs["base model, one pass"] = lambda: generate(bare, len(names), context, new)
+        bare = self.models[BARE]
+        runs["base model, one pass"] = lambda: generate(bare, NUM_MIXED, context, new)
         runs["base model, one pass for each"] = lambda: [generate(bare, 1, context, new) for _ in names]
-        seconds = time_rounds(runs, self.rounds)
-        return _report({"case": {"batch": 8, "context": context, "new": new}, "times": summarize(seconds, "mixed")})
+        times = summarize(self._time(runs), "mixed")
+        model.set_adapter("default")
+        for name in names:
+            model.delete_adapter(name)
+        return {"times": times}
 
 
-def _report(result: dict[str, Any]) -> dict[str, Any]:
-    print(json.dumps(result), flush=True)
-    return result
+def list_missing(setting: dict[str, Any], results: dict[str, list[Case]]) -> Iterator[tuple[str, Case]]:
+    """The kinds and the cases of a setting that have not been measured, in their order."""
+    for kind, cases in setting["cases"].items():
+        measured = [result["case"] for result in results.get(kind, [])]
+        yield from ((kind, case) for case in cases if case not in measured)
+
+
+def read_report(path: Path, head: dict[str, Any]) -> dict[str, Any]:
+    """What an interrupted measurement has left in a file.
+
+    Raises:
+        ValueError: if the file comes from other settings or versions.
+    """
+    report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    different = [name for name, value in head.items() if report.get(name) != value]
+    if different:
+        raise ValueError(
+            f"{path} was measured with another {' and '.join(different)}. Measure again without `--resume`."
+        )
+    return report
 
 
 def main() -> None:
@@ -169,19 +199,30 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--resume", action="store_true", help="keep what the output file has, measure what is missing")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    report: dict[str, Any] = {
+    setting = SETTINGS[arguments.setting]
+    head = {
         "model": "SmolLM2-135M-Instruct",
         "threads": arguments.threads,
-        "setting": SETTINGS[arguments.setting],
+        "setting": setting,
         "versions": list_versions(),
-        "dtypes": {},
     }
+    resumes = arguments.resume and arguments.output.exists()
+    report = read_report(arguments.output, head) if resumes else head | {"dtypes": {}}
     for dtype in arguments.dtypes:
+        results: dict[str, list[Case]] = report["dtypes"].setdefault(dtype, {})
+        missing = list(list_missing(setting, results))
+        if not missing:
+            continue
         base, _ = load_base_model("smollm2-wheel", dtype=dtype)
-        report["dtypes"][dtype] = Measurement(base, SETTINGS[arguments.setting]).run()
-        arguments.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        measurement = Measurement(base, setting["rounds"], setting.get("budget"))
+        for kind, case in missing:
+            result = measurement.measure(kind, case)
+            print(json.dumps(result), flush=True)
+            results.setdefault(kind, []).append(result)
+            arguments.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from benchmarks.performance.rivals import BARE, LORA, NATIVE, PREFIX
+from benchmarks.performance.rounds import LEAST_ROUNDS
 
 HERE = Path(__file__).parent
 DOCS = HERE.parents[1] / "docs"
@@ -18,9 +19,10 @@ DOCS = HERE.parents[1] / "docs"
 INTRODUCTION = """# Speed and memory
 
 `make bench-performance` makes the measurements of the short setting, in 15 minutes, and this page. The full setting
-takes two hours:
+takes about an hour and a quarter in bfloat16, twice that in float32, and goes on where it was interrupted:
 
-    python -m benchmarks.performance.measure --setting full --output benchmarks/performance/full.json
+    python -m benchmarks.performance.measure --setting full --resume --output benchmarks/performance/full.json
+    python -m benchmarks.performance.page
 
 Everything is measured with SmolLM2-135M-Instruct on a CPU, and given as a ratio to the bare base model in the same
 round: the median of all rounds, and in brackets the quartiles. The machines were shared, so differences smaller than
@@ -34,6 +36,7 @@ parameters each, PrefixPlus (with its default projection) 205,440.
 - **Generation** is greedy, with 33 new tokens. Prefill is the time to the first of them, decoding that of the others.
 """
 
+QUANTITIES = {"num_virtual_tokens": "virtual tokens", "depth": "layers"}
 Row = dict[str, str]
 
 
@@ -91,7 +94,7 @@ def list_series(results: Iterable[dict[str, Any]]) -> dict[str, Row]:
     for result in results:
         (name, value), *_ = result["case"].items()
         for part in ("step", "generation"):
-            rows[f"{part}, {value} {name}"] = write_ratios(result[part])
+            rows[f"{part}, {value} {QUANTITIES[name]}"] = write_ratios(result[part])
     return rows
 
 
@@ -118,21 +121,28 @@ def write_mixed_batch(mixed: dict[str, Any]) -> str:
 
 def write_dtype(dtype: str, results: dict[str, Any]) -> list[str]:
     """The tables of one dtype."""
-    lines = [f"### {dtype}", "", *write_table(list_steps(results["steps"]), "training")]
-    lines += write_table(list_generation(results["generation"]), "inference")
+    lines = [f"### {dtype}", "", *write_table(list_steps(results.get("steps", [])), "training")]
+    lines += write_table(list_generation(results.get("generation", [])), "inference")
     for name in ("lengths", "depths"):
-        if results[name]:
+        if name in results:
             lines += write_table(list_series(results[name]), name)
-    lines += write_adapters(results["adapters"])
-    return [*lines, *(f"- {write_mixed_batch(mixed)}" for mixed in results["mixed_batches"]), ""]
+    for adapters in results.get("adapters", []):
+        lines += write_adapters(adapters)
+    return [*lines, *(f"- {write_mixed_batch(mixed)}" for mixed in results.get("mixed_batches", [])), ""]
+
+
+def describe_rounds(setting: dict[str, Any]) -> str:
+    """How often everything was timed."""
+    rounds = f"{setting['rounds']} rounds"
+    return f"{LEAST_ROUNDS} to {rounds}, as time allowed" if "budget" in setting else rounds
 
 
 def draw_figure(report: dict[str, Any], path: Path) -> None:
     """Bars of the ratios to the base model, for each case and method."""
     figure, axes = plt.subplots(1, len(report["dtypes"]), figsize=(6 * len(report["dtypes"]), 4), squeeze=False)
     for axis, (dtype, results) in zip(axes[0], report["dtypes"].items(), strict=True):
-        cases = {f"step\n{describe_step(step['case'])}": step["times"] for step in results["steps"]}
-        for result in results["generation"]:
+        cases = {f"step\n{describe_step(step['case'])}": step["times"] for step in results.get("steps", [])}
+        for result in results.get("generation", []):
             cases[f"generation\n{result['case']['batch']} x {result['case']['context']}"] = result["times"]
         for offset, name in enumerate((PREFIX, LORA, NATIVE)):
             places = [index + 0.25 * (offset - 1) for index, times in enumerate(cases.values()) if name in times]
@@ -163,7 +173,7 @@ def write_page(reports: dict[str, dict[str, Any]], docs: Path) -> None:
         versions = ", ".join(f"{module} {number}" for module, number in report["versions"].items())
         lines += [f"## The {name} setting", ""]
         lines += [
-            f"{report['model']}, {report['threads']} threads, {report['setting']['rounds']} rounds. {versions}.",
+            f"{report['model']}, {report['threads']} threads, {describe_rounds(report['setting'])}. {versions}.",
             "",
         ]
         draw_figure(report, docs / "images" / f"performance_{name}.png")

@@ -7,14 +7,30 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+LEAST_ROUNDS = 3
 
-def time_rounds(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each run in each round, after one round that does not count."""
+
+def time_rounds(
+    runs: dict[str, Callable[[], object]], rounds: int, budget: float | None = None
+) -> dict[str, list[float]]:
+    """Time runs, after one round that does not count.
+
+    Args:
+        runs (`dict[str, Callable]`): what is timed.
+        rounds (`int`): at most so many.
+        budget (`float`, *optional*): seconds after which no further round begins, if there have been three.
+
+    Returns:
+        `dict[str, list[float]]`: seconds of each run in each round.
+    """
+    begin = time.perf_counter()
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     order = list(runs)
     # What is there already need not be searched for garbage in every round.
     gc.freeze()
     for number in range(rounds + 1):
+        if budget is not None and number > LEAST_ROUNDS and time.perf_counter() - begin > budget:
+            break
         random.Random(number).shuffle(order)
         for name in order:
             gc.collect()
