@@ -7,7 +7,7 @@ gradient of each part needs nothing but the merged output and log-sum-exp.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -111,34 +111,91 @@ def attend_by_parts(
     """
     # What all rows share is one row again.
     keys, values = (states if states.stride(0) else states[:1] for states in (prefix.keys, prefix.values))
-    inputs = (query, key, value, keys, values)
-    if torch.is_grad_enabled() and any(item.requires_grad for item in inputs):
+    tokens = _Part(key, value, attention_mask, is_causal)
+    in_front = _Part(keys, values, None if prefix.mask is None else prefix.mask[:, None, None, :])
+    if torch.is_grad_enabled() and any(item.requires_grad for item in (query, key, value, keys, values)):
         apply: Callable[..., Tensor] = _AttentionByParts.apply
-        output = apply(*inputs, attention_mask, prefix.mask, is_causal, scaling)
+        output = apply(scaling, query, *tokens, *in_front)
     elif query.shape[-2] == 1:
-        output = _attend_with_one_query(*inputs, attention_mask, prefix, scaling)
+        output = _attend_with_one_query(query, tokens, in_front, prefix, scaling)
     else:
-        output, _ = _attend_to_both(*inputs, attention_mask, prefix.mask, is_causal, scaling)
+        output, _ = _attend_to_both(query, tokens, in_front, scaling)
     return output.transpose(1, 2).contiguous()
+
+
+class _Merged(NamedTuple):
+    """What the gradient of every part needs: of all parts together, the output, its gradient and the log-sum-exp."""
+
+    gradient: Tensor
+    query: Tensor
+    output: Tensor
+    weight: Tensor
+
+
+class _Part(NamedTuple):
+    """Keys and values that a query attends to beside others, `[batch, kv_heads, tokens, dim]`, or 1 for every row.
+
+    `mask` is `[batch or 1, heads or 1, queries or 1, tokens]`.
+    """
+
+    keys: Tensor
+    values: Tensor
+    mask: Tensor | None = None
+    is_causal: bool = False
+
+    def attend(self, query: Tensor, scaling: float | None) -> tuple[Tensor, Tensor]:
+        """Output `[batch, heads, queries, dim]`, and the log-sum-exp of the scores `[batch, heads, queries]`."""
+        if not self._is_shared_by_rows_of(query):
+            return self._call_kernel(query, scaling)
+        output, weight = self._call_kernel(_join_rows(query), scaling)
+        return _part_rows(output, query.shape[0]), _part_rows(weight, query.shape[0])
+
+    def differentiate(self, merged: _Merged, scaling: float | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of queries, keys and values from this part."""
+        if not self._is_shared_by_rows_of(merged.query):
+            return self._call_backward_kernel(merged, scaling)
+        joined = _Merged(*(_join_rows(item) for item in merged))
+        of_query, of_keys, of_values = self._call_backward_kernel(joined, scaling)
+        return _part_rows(of_query, merged.query.shape[0]), of_keys, of_values
+
+    def _is_shared_by_rows_of(self, query: Tensor) -> bool:
+        """Whether all rows see the same keys, as if their queries were those of a single row."""
+        return self.keys.shape[0] < query.shape[0] and self.mask is None
+
+    def _call_kernel(self, query: Tensor, scaling: float | None) -> tuple[Tensor, Tensor]:
+        keys, values, mask = self._fit(query)
+        output, weight = _attend_on_cpu(query, keys, values, 0.0, self.is_causal, attn_mask=mask, scale=scaling)
+        return output, weight
+
+    def _call_backward_kernel(self, merged: _Merged, scaling: float | None) -> tuple[Tensor, Tensor, Tensor]:
+        gradient, query, output, weight = merged
+        keys, values, mask = self._fit(query)
+        of_query, *of_states = _differentiate_on_cpu(
+            gradient, query, keys, values, output, weight, 0.0, self.is_causal, attn_mask=mask, scale=scaling
+        )
+        of_keys, of_values = (item.sum_to_size(self.keys.shape) for item in of_states)
+        return of_query, of_keys, of_values
+
+    def _fit(self, query: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys and values for every row, not copied for it; and an additive mask in the dtype of the queries.
+
+        The mask has the smallest number for what is hidden: where all is, the other part takes everything.
+        """
+        batch, smallest, mask = query.shape[0], torch.finfo(query.dtype).min, self.mask
+        if mask is not None and mask.dtype == torch.bool:
+            mask = torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(~mask, smallest)
+        elif mask is not None:
+            mask = mask.to(query.dtype).clamp(min=smallest)
+        return self.keys.expand(batch, -1, -1, -1), self.values.expand(batch, -1, -1, -1), mask
 
 
 class _AttentionByParts(torch.autograd.Function):
     """What is kept for the backward pass grows with the tokens as without a prefix; keys and values once per group."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        mask: Tensor | None,
-        prefix_mask: Tensor | None,
-        is_causal: bool,
-        scaling: float | None,
-    ) -> Tensor:
-        output, weight = _attend_to_both(query, key, value, keys, values, mask, prefix_mask, is_causal, scaling)
+    def forward(ctx: Any, scaling: float | None, query: Tensor, *parts: Any) -> Tensor:
+        (key, value, mask, is_causal), (keys, values, prefix_mask, _) = parts[:4], parts[4:]
+        output, weight = _attend_to_both(query, _Part(*parts[:4]), _Part(*parts[4:]), scaling)
         ctx.save_for_backward(query, key, value, keys, values, mask, prefix_mask, output, weight)
         ctx.settings = is_causal, scaling
         return output
@@ -151,45 +208,29 @@ class _AttentionByParts(torch.autograd.Function):
         # In half precision the kernel takes twice as long, for less.
         precise = torch.promote_types(gradient.dtype, torch.float32)
         query, key, value, keys, values, output, gradient = (item.to(precise) for item in (*inputs, output, gradient))
-        merged = gradient, query, output, weight
-        of_query, *of_prefix = _differentiate_prefix(*merged, keys, values, prefix_mask, scaling)
+        merged = _Merged(gradient, query, output, weight)
+        of_query, *of_prefix = _Part(keys, values, prefix_mask).differentiate(merged, scaling)
         of_tokens: tuple[Tensor | None, ...] = (None, None, None)
         # The first layer of a frozen model has nothing behind it that trains.
-        if any(ctx.needs_input_grad[:3]):
-            of_token_query, *of_states = _differentiate(*merged, key, value, mask, is_causal, scaling)
+        if any(ctx.needs_input_grad[1:4]):
+            of_token_query, *of_states = _Part(key, value, mask, is_causal).differentiate(merged, scaling)
             of_tokens = (of_query.add_(of_token_query), *of_states)
         given = zip((*of_tokens, *of_prefix), inputs, strict=True)
-        return *(None if item is None else item.to(own.dtype) for item, own in given), None, None, None, None
+        of_inputs = [None if item is None else item.to(own.dtype) for item, own in given]
+        return None, *of_inputs[:3], None, None, *of_inputs[3:], None, None
 
 
-def _attend_to_both(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    mask: Tensor | None,
-    prefix_mask: Tensor | None,
-    is_causal: bool,
-    scaling: float | None,
-) -> tuple[Tensor, Tensor]:
+def _attend_to_both(query: Tensor, tokens: _Part, prefix: _Part, scaling: float | None) -> tuple[Tensor, Tensor]:
     """Output `[batch, heads, queries, dim]`, and the log-sum-exp of all scores `[batch, heads, queries]`."""
-    tokens = _attend(query, key, value, mask, is_causal, scaling)
-    prefix = _attend_to_prefix(query, keys, values, prefix_mask, scaling)
-    return _merge(*tokens, *prefix), torch.logaddexp(tokens[1], prefix[1])
+    own, others = tokens.attend(query, scaling), prefix.attend(query, scaling)
+    return _merge(*own, *others), torch.logaddexp(own[1], others[1])
 
 
 def _attend_with_one_query(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    mask: Tensor | None,
-    prefix: PrefixStates,
-    scaling: float | None,
+    query: Tensor, tokens: _Part, in_front: _Part, prefix: PrefixStates, scaling: float | None
 ) -> Tensor:
     """The same for one query, in one piece where the cache has the prefix in front of the tokens."""
+    key, value, mask, _ = tokens
     grouped = query
     # The kernel takes three times as long in half precision if heads share keys. As queries of one head they may.
     if query.dtype != torch.float32:
@@ -199,44 +240,10 @@ def _attend_with_one_query(
             mask = mask.reshape(mask.shape[0], kv_heads, grouped.shape[2], -1)
     if prefix.joined is not None:
         mask = extend_mask(mask, prefix, key.shape[-2], query.dtype)
-        output, _ = _attend(grouped, *prepend_prefix(key, value, prefix), mask, False, scaling)
+        output, _ = _Part(*prepend_prefix(key, value, prefix), mask).attend(grouped, scaling)
     else:
-        output, _ = _attend_to_both(grouped, key, value, keys, values, mask, prefix.mask, False, scaling)
+        output, _ = _attend_to_both(grouped, _Part(key, value, mask), in_front, scaling)
     return output.reshape(query.shape)
-
-
-def _attend_to_prefix(
-    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float | None
-) -> tuple[Tensor, Tensor]:
-    if not _is_shared(keys, mask):
-        return _attend(query, keys, values, _widen_prefix_mask(mask), False, scaling)
-    output, weight = _attend(_join_rows(query), keys, values, None, False, scaling)
-    return _part_rows(output, query.shape[0]), _part_rows(weight, query.shape[0])
-
-
-def _differentiate_prefix(
-    gradient: Tensor,
-    query: Tensor,
-    output: Tensor,
-    weight: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    mask: Tensor | None,
-    scaling: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    merged = gradient, query, output, weight
-    if not _is_shared(keys, mask):
-        return _differentiate(*merged, keys, values, _widen_prefix_mask(mask), False, scaling)
-    gradient, query_rows, output, weight = (_join_rows(item) for item in merged)
-    of_query, of_keys, of_values = _differentiate(
-        gradient, query_rows, output, weight, keys, values, None, False, scaling
-    )
-    return _part_rows(of_query, query.shape[0]), of_keys, of_values
-
-
-def _is_shared(keys: Tensor, mask: Tensor | None) -> bool:
-    """Whether all rows see the same prefix."""
-    return keys.shape[0] == 1 and mask is None
 
 
 def _join_rows(states: Tensor) -> Tensor:
@@ -254,51 +261,3 @@ def _part_rows(states: Tensor, batch: int) -> Tensor:
 def _merge(output: Tensor, weight: Tensor, prefix_output: Tensor, prefix_weight: Tensor) -> Tensor:
     share = torch.sigmoid(weight - prefix_weight)[..., None]
     return torch.lerp(prefix_output.to(share.dtype), output.to(share.dtype), share).to(output.dtype)
-
-
-def _attend(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scaling: float | None
-) -> tuple[Tensor, Tensor]:
-    """Output `[batch, heads, queries, dim]`, and the log-sum-exp of the scores `[batch, heads, queries]`."""
-    mask = _make_finite(mask, query.dtype)
-    key, value = _expand(query, key), _expand(query, value)
-    output, weight = _attend_on_cpu(query, key, value, 0.0, is_causal, attn_mask=mask, scale=scaling)
-    return output, weight
-
-
-def _differentiate(
-    gradient: Tensor,
-    query: Tensor,
-    output: Tensor,
-    weight: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    is_causal: bool,
-    scaling: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of queries, keys and values from one part, given the output and log-sum-exp of both."""
-    mask = _make_finite(mask, query.dtype)
-    states = _expand(query, key), _expand(query, value)
-    of_query, *of_states = _differentiate_on_cpu(
-        gradient, query, *states, output, weight, 0.0, is_causal, attn_mask=mask, scale=scaling
-    )
-    of_key, of_value = (item.sum_to_size(key.shape) for item in of_states)
-    return of_query, of_key, of_value
-
-
-def _expand(query: Tensor, states: Tensor) -> Tensor:
-    """Keys or values for every row; what rows share is not copied for them."""
-    return states.expand(query.shape[0], -1, -1, -1)
-
-
-def _widen_prefix_mask(mask: Tensor | None) -> Tensor | None:
-    return None if mask is None else mask[:, None, None, :]
-
-
-def _make_finite(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """An additive mask with the smallest number for what is hidden: where all is, the other part takes everything."""
-    smallest = torch.finfo(dtype).min
-    if mask is not None and mask.dtype == torch.bool:
-        return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, smallest)
-    return None if mask is None else mask.to(dtype).clamp(min=smallest)
