@@ -47,6 +47,8 @@ def compute_loss(
             }
             labels = _pad([row["labels"] for row in rows], IGNORED_LABEL, left=False).to(device)
             logits = model(**{name: tensor.to(device) for name, tensor in batch.items()}).logits
+            # Methods with virtual tokens in the input give logits for them, too.
+            logits = logits[:, -labels.shape[1] :]
             losses = nn.functional.cross_entropy(
                 logits[:, :-1].float().transpose(1, 2), labels[:, 1:], ignore_index=IGNORED_LABEL, reduction="sum"
             )

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from helpers import add_prefix, perturb
+from peft import PromptTuningConfig, get_peft_model
 from tiny_models import build_chat_tokenizer, build_model
 
 from peft_prefix_plus.evaluation import compute_loss, evaluate_model, generate_texts
@@ -36,6 +37,15 @@ def test_the_loss_is_the_mean_over_all_completion_tokens(model, tokenizer):
         count += tokens
     for batch_size in (1, 2, 16):
         assert compute_loss(model, tokenizer, EXAMPLES, batch_size) == pytest.approx(total / count, rel=1e-5)
+
+
+def test_logits_of_virtual_tokens_in_the_input_do_not_count(tokenizer):
+    model = build_model("llama", vocab_size=len(tokenizer))
+    prompted = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
+    (row,) = tokenize_examples(EXAMPLES[2:], tokenizer)
+    ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
+    expected = float(prompted(input_ids=ids, labels=labels).loss)
+    assert compute_loss(prompted, tokenizer, EXAMPLES[2:]) == pytest.approx(expected, rel=1e-5)
 
 
 def test_generated_texts_keep_the_order_and_do_not_depend_on_the_batch(model, tokenizer):
