@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from peft_prefix_plus.attention import merging, prefixed_cache
+from peft_prefix_plus.attention import prefixed_cache
 
 Change = Callable[[DynamicCache], None]
 
@@ -115,17 +115,6 @@ def test_left_padding(growth: str) -> None:
     mask = torch.ones(2, 30, dtype=torch.long)
     mask[0, :4] = 0
     run_twice(build(), leave, mask=mask)
-
-
-@pytest.mark.parametrize("most", [0, 128])
-def test_prompts_are_read_alike_in_one_piece_and_by_parts(
-    growth: str, most: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(merging, "_MAX_QUERIES_IN_ONE_PIECE", most)
-    mask = torch.ones(2, 30, dtype=torch.long)
-    mask[0, :4] = 0
-    for given in (None, mask):
-        run_twice(build(), leave, mask=given)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -20,8 +20,6 @@ from .routing import AttentionFunction
 # The kernel that sdpa itself uses on a CPU; unlike sdpa it returns the log-sum-exp.
 _attend_on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _differentiate_on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-# Of more queries, a mask that hides later tokens takes more time than attending by parts.
-_MAX_QUERIES_IN_ONE_PIECE = 128
 # Arguments that change nothing here, whatever they hold.
 _HARMLESS = frozenset(
     {
@@ -120,8 +118,6 @@ def attend_by_parts(
         output = apply(scaling, query, *tokens, *in_front)
     elif query.shape[-2] == 1:
         output = _attend_with_one_query(query, tokens, in_front, prefix, scaling)
-    elif prefix.joined is not None and query.shape[-2] <= _MAX_QUERIES_IN_ONE_PIECE:
-        output = _attend_in_one_piece(query, tokens, prefix, scaling)
     else:
         output, _ = _attend_to_both(query, tokens, in_front, scaling)
     return output.transpose(1, 2).contiguous()
@@ -242,24 +238,12 @@ def _attend_with_one_query(
         grouped = query.reshape(batch, kv_heads, -1, dim)
         if mask is not None and mask.shape[1] > 1:
             mask = mask.reshape(mask.shape[0], kv_heads, grouped.shape[2], -1)
-    tokens = _Part(key, value, mask)
     if prefix.joined is not None:
-        output = _attend_in_one_piece(grouped, tokens, prefix, scaling)
+        mask = extend_mask(mask, prefix, key.shape[-2], query.dtype)
+        output, _ = _Part(*prepend_prefix(key, value, prefix), mask).attend(grouped, scaling)
     else:
-        output, _ = _attend_to_both(grouped, tokens, in_front, scaling)
+        output, _ = _attend_to_both(grouped, _Part(key, value, mask), in_front, scaling)
     return output.reshape(query.shape)
-
-
-def _attend_in_one_piece(query: Tensor, tokens: _Part, prefix: PrefixStates, scaling: float | None) -> Tensor:
-    """The same where the cache has the prefix in front of the tokens."""
-    key, value, mask, is_causal = tokens
-    num_tokens = key.shape[-2]
-    if is_causal:
-        smallest = torch.finfo(query.dtype).min
-        mask = query.new_full((1, 1, query.shape[-2], num_tokens), smallest).triu_(1)
-    mask = extend_mask(mask, prefix, num_tokens, query.dtype)
-    output, _ = _Part(*prepend_prefix(key, value, prefix), mask).attend(query, scaling)
-    return output
 
 
 def _join_rows(states: Tensor) -> Tensor:
