@@ -72,9 +72,9 @@ def build_section(name: str, report: dict[str, Any], images: Path) -> list[str]:
     lines += [f"### {name}: cost", "", COST, *build_cost_table(trained), ""]
     lines += describe_rates(trained, report)
     best = find_best(results, PREFIX_PLUS)
-    rivals = [result for result in trained if result.peft_type != "PREFIX_PLUS"]
+    rivals = [result for result in trained if result.peft_type not in PREFIX_PLUS]
     if best is not None and rivals:
-        count = sum(result.peft_type == "PREFIX_PLUS" for result in trained)
+        count = sum(result.peft_type in PREFIX_PLUS for result in trained)
         choice = f"of {count} PrefixPlus methods" if count > 1 else "as the only PrefixPlus method"
         lines += build_comparison(name, best, choice, rivals)
     draw_rates(trained, images / f"{name}_rates.svg")

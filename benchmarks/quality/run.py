@@ -92,19 +92,19 @@ class Benchmark:
         examples = self.task.draw_examples(seed)
         # A prefix that starts from examples starts from other ones for every seed.
         start = random.Random(seed).sample(examples, len(examples))
+        task = self.task
+        if "prompt" in method:
+            task = task.prompted(write_initial_text(method["prompt"], init_text, start))
         set_seed(seed)
         applied = build_method(
             method["peft_type"],
             method["config"],
-            self.task.model,
-            self.task.tokenizer,
+            task.model,
+            task.tokenizer,
             init_text,
             start,
-            self.task.task_type,
+            task.task_type,
         )
-        task = self.task
-        if "prompt" in method:
-            task = task.prompted(write_initial_text(method["prompt"], init_text, start))
         return applied, task, examples
 
     def _train(

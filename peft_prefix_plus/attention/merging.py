@@ -194,10 +194,10 @@ class _AttentionByParts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, scaling: float | None, query: Tensor, *parts: Any) -> Tensor:
-        (key, value, mask, is_causal), (keys, values, prefix_mask, _) = parts[:4], parts[4:]
-        output, weight = _attend_to_both(query, _Part(*parts[:4]), _Part(*parts[4:]), scaling)
-        ctx.save_for_backward(query, key, value, keys, values, mask, prefix_mask, output, weight)
-        ctx.settings = is_causal, scaling
+        tokens, prefix = _Part(*parts[:4]), _Part(*parts[4:])
+        output, weight = _attend_to_both(query, tokens, prefix, scaling)
+        ctx.save_for_backward(query, *tokens[:2], *prefix[:2], tokens.mask, prefix.mask, output, weight)
+        ctx.settings = tokens.is_causal, scaling
         return output
 
     # Not `once_differentiable`, behind which second derivatives may be left out in silence: the kernel refuses them.
