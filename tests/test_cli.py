@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers import AutoModelForCausalLM, T5Config, TrainingArguments
 
 from peft_prefix_plus.cli.main import COMMANDS, main
 from peft_prefix_plus.cli.train import check_processes
@@ -120,9 +120,9 @@ def test_a_prefix_starts_from_training_examples(train):
     config = json.loads((train("--num_init_examples", "2") / "adapter_config.json").read_text())
     drawn = {line for line in config["prefix_init_text"].splitlines() if " plus " in line}
     assert len(drawn) == 2 <= config["num_virtual_tokens"] and drawn <= {row["source"] for row in ROWS}
-    both = train("--num_init_examples", "2", "--prefix_init_text", "Add:", output_dir="both")
+    both = train("--num_init_examples", "2", "--prefix_init_text", r"Add:\n", output_dir="both")
     text = json.loads((both / "adapter_config.json").read_text())["prefix_init_text"]
-    assert text == config["prefix_init_text"] + "Add:"
+    assert text == config["prefix_init_text"] + "Add:\n"
 
 
 def test_json_options_and_patterns(train):
@@ -143,7 +143,7 @@ def test_json_options_and_patterns(train):
         (["--max_length", "-5"], "--max_length"),
         (["--max_length", "1"], "--max_length"),
         (["--max_train_examples", "0"], "--max_train_examples"),
-        (["--num_init_examples", "13"], "13"),
+        (["--num_init_examples", "13"], "--num_init_examples is 13, but --train_file has 12"),
         (["--num_init_examples", "2", "--prefix_init_token_ids", "3"], "'tokens'"),
         (["--num_init_examples", "2", "--prefix_init", "random"], "--num_init_examples"),
     ],
@@ -154,12 +154,39 @@ def test_bad_input_gives_one_line_and_status_1(train, capsys, words, part):
     assert not directory.exists()
 
 
+def test_an_adapter_needs_a_directory(tiny_model_dir, data, capsys):
+    assert main(["train", "--model_name_or_path", tiny_model_dir, "--train_file", data, "--use_cpu"]) == 1
+    assert "--output_dir" in capsys.readouterr().err
+
+
+def test_models_that_are_not_for_the_commands_are_named(train, tmp_path, capsys):
+    T5Config(num_layers=1).save_pretrained(tmp_path / "t5")
+    train("--model_name_or_path", str(tmp_path / "t5"), status=1)
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "'t5'" in last and "SEQ_2_SEQ_LM" in last
+
+
+def test_settings_of_sampling_without_sampling_are_refused(train, capsys):
+    words = ["generate", "--adapter", str(train()), "--prompt", "1 plus 1", "--max_new_tokens", "2"]
+    for name in ("--temperature", "--top_p"):
+        assert main([*words, name, "0.5"]) == 1
+        assert name in capsys.readouterr().err
+        assert main([*words, name, "0.5", "--do_sample"]) == 0
+
+
 def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path, monkeypatch):
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
     check_processes(arguments)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="2 processes were launched"):
         check_processes(arguments)
+
+
+def test_yaml_numbers_of_another_kind_are_named(train, tmp_path, capsys):
+    path = tmp_path / "options.yaml"
+    path.write_text("num_init_examples: 2.0\n")
+    train("--config", str(path), status=1)
+    assert "--num_init_examples must be an integer" in capsys.readouterr().err
 
 
 def test_unknown_yaml_options_are_named(train, tmp_path, capsys):

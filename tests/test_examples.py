@@ -1,12 +1,22 @@
 """Rows become examples, examples become inputs with the loss on the completion only."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from tiny_models import build_chat_tokenizer
+from tokenizers.processors import TemplateProcessing
 
-from peft_prefix_plus.examples import IGNORED_LABEL, Example, load_examples, tokenize_examples, write_demonstrations
+from peft_prefix_plus.examples import (
+    IGNORED_LABEL,
+    Example,
+    load_examples,
+    tokenize_examples,
+    tokenize_prompts,
+    write_demonstrations,
+)
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +113,50 @@ def test_the_loss_is_on_the_completion_and_the_end_of_sequence(tokenizer):
 def test_every_reference_is_an_input_and_plain_text_starts_a_sequence(tokenizer):
     rows = tokenize_examples([Example("a", ("b", "c")), Example("", ("d",))], tokenizer)
     assert [tokenizer.decode(row["input_ids"]) for row in rows] == ["ab</s>", "ac</s>", "<s>d</s>"]
+
+
+@pytest.mark.parametrize("template", ["$A", "<s> $A", "<s> $A </s>", "$A </s>"])
+def test_prompts_begin_as_the_tokenizer_begins_every_text_and_are_open_at_the_end(template):
+    tokenizer = build_chat_tokenizer()
+    special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=special)
+    whole, begun, nothing = tokenize_prompts(["abc", "<s>abc", ""], tokenizer)
+    assert [*whole, *([special[1][1]] if template.endswith("</s>") else [])] == tokenizer("abc")["input_ids"]
+    assert begun == [special[0][1], *whole[-3:]]
+    assert nothing == [special[0][1]]
+    (row,) = tokenize_examples([Example("abc", ("de",))], tokenizer)
+    assert row["input_ids"][: len(whole)] == whole
+    assert tokenizer.decode(row["input_ids"][len(whole) :]) == "de</s>"
+    assert row["labels"].count(IGNORED_LABEL) == len(whole)
+
+
+@pytest.mark.parametrize(
+    ("fields", "part"),
+    [
+        ((1, ("a",)), "prompt"),
+        (("a", "text"), "list of at least one reference, got 'text'"),
+        (("a", ()), "at least one"),
+        (("a", ("b", " ")), "not empty"),
+        (("a", ("b", None)), "None"),
+    ],
+)
+def test_an_example_that_would_not_be_what_was_meant_is_refused(fields, part):
+    with pytest.raises(ValueError, match=part):
+        Example(*fields)
+    assert Example("a", ["b"]) == Example("a", ("b",))
+
+
+def test_files_are_read_without_the_library_for_data_sets(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", [{"text": "once"}])
+    script = f"""
+import sys
+sys.modules["datasets"] = None
+from peft_prefix_plus.examples import Example, load_examples
+assert load_examples({path!r}, None) == [Example("", ("once",))]
+load_examples("someone/data", None)
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert "ValueError" in result.stderr and "peft-prefix-plus[train]" in result.stderr.splitlines()[-1]
 
 
 def test_a_long_prompt_loses_its_start_and_never_all_of_itself(tokenizer):

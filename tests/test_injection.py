@@ -44,6 +44,29 @@ def test_settings_select_the_layers(settings, expected):
 
 
 @pytest.mark.parametrize(
+    "fields",
+    [{"prefix_init_token_ids": [5, 6, 7]}, {"prefix_init": "zero"}, {"num_virtual_tokens": 3}, {"projection": "none"}],
+    ids=str,
+)
+def test_fields_set_later_count_as_those_given_at_once(fields):
+    late = PrefixPlusConfig(task_type="CAUSAL_LM")
+    for name, value in fields.items():
+        setattr(late, name, value)
+    models = [
+        get_peft_model(build_model("llama"), config)
+        for config in (late, PrefixPlusConfig(task_type="CAUSAL_LM", **fields))
+    ]
+    assert list_lengths(models[0]) == list_lengths(models[1])
+    assert torch.equal(run(models[0].eval()), run(models[1].eval()))
+
+
+def test_a_prefix_longer_than_the_positions_of_a_model_gives_a_warning():
+    config = PrefixPlusConfig(task_type="CAUSAL_LM", prefix_init_token_ids=[5] * 9)
+    with pytest.warns(UserWarning, match="9 virtual tokens, but LlamaForCausalLM was made for 8 positions"):
+        get_peft_model(build_model("llama", max_position_embeddings=8), config)
+
+
+@pytest.mark.parametrize(
     "settings",
     [{"layers_to_transform": [1]}, {"num_virtual_tokens_pattern": {"0.self_attn": 2}}, {"num_frozen_tokens": 2}],
     ids=str,

@@ -65,16 +65,20 @@ class DataArguments:
         check_minimum(self, 2, "max_length")
         check_minimum(self, 1, "max_train_examples", "max_eval_examples")
         check_minimum(self, 0, "num_init_examples")
-        # A shell hands over a backslash and an n where a line break was meant.
-        self.prompt_template = self.prompt_template.replace("\\n", "\n")
+        self.prompt_template = read_line_breaks(self.prompt_template)
+
+
+def read_line_breaks(text: str) -> str:
+    """A text from the command line: a shell hands over a backslash and an n where a line break was meant."""
+    return text.replace("\\n", "\n")
 
 
 def check_minimum(options: object, minimum: int, *names: str) -> None:
-    """Raise a `ValueError` for the first of some options that is below a minimum; `None` is none of them."""
+    """Raise a `ValueError` for the first of some options that is not an integer of at least a minimum, or `None`."""
     for name in names:
         value = vars(options)[name]
-        if value is not None and value < minimum:
-            raise ValueError(f"--{name} must be at least {minimum}, got {value}.")
+        if value is not None and (not isinstance(value, int) or value < minimum):
+            raise ValueError(f"--{name} must be an integer of at least {minimum}, got {value!r}.")
 
 
 def _build_prefix_arguments() -> type:
@@ -106,6 +110,8 @@ def build_config(arguments: Any, **fields: Any) -> PrefixPlusConfig:
         ValueError: if a value is not allowed, or an option does not hold JSON where it should.
     """
     values = dataclasses.asdict(arguments)
+    if values["prefix_init_text"] is not None:
+        values["prefix_init_text"] = read_line_breaks(values["prefix_init_text"])
     for name in _JSON_OPTIONS:
         if isinstance(values[name], str):
             try:

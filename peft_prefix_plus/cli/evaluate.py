@@ -13,7 +13,7 @@ from ..base_models import load_base_model
 from ..config import PrefixPlusConfig
 from ..evaluation import evaluate_model
 from ..examples import load_examples
-from .arguments import check_minimum, parse_arguments
+from .arguments import check_minimum, parse_arguments, read_line_breaks
 
 
 @dataclass
@@ -82,7 +82,7 @@ def run(words: Sequence[str]) -> None:
         "evaluate", "Loss and text scores with and without an adapter.", (EvaluateArguments,), words
     )
     model, tokenizer = load_adapter(arguments.adapter, arguments.model_name_or_path, arguments.dtype)
-    template = arguments.prompt_template.replace("\\n", "\n")
+    template = read_line_breaks(arguments.prompt_template)
     examples = load_examples(
         arguments.eval_file, tokenizer, arguments.eval_split, template, arguments.max_eval_examples
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from transformers import PreTrainedTokenizerBase
 
 from ..evaluation import generate_texts
-from .arguments import check_minimum, parse_arguments
+from .arguments import check_minimum, parse_arguments, read_line_breaks
 from .evaluate import load_adapter
 
 
@@ -32,6 +32,9 @@ class GenerateArguments:
 
     def __post_init__(self) -> None:
         check_minimum(self, 1, "batch_size", "max_new_tokens", "num_beams")
+        for name in ("temperature", "top_p"):
+            if vars(self)[name] != 1.0 and not self.do_sample:
+                raise ValueError(f"--{name} is {vars(self)[name]}, but the search is greedy; add --do_sample.")
 
 
 def run(words: Sequence[str]) -> None:
@@ -57,7 +60,7 @@ def run(words: Sequence[str]) -> None:
 
 def _build_prompt(source: str, tokenizer: PreTrainedTokenizerBase, arguments: GenerateArguments) -> str:
     if not arguments.chat:
-        return arguments.prompt_template.replace("\\n", "\n").replace("{source}", source)
+        return read_line_breaks(arguments.prompt_template).replace("{source}", source)
     if tokenizer.chat_template is None:
         raise ValueError("The base model has no chat template; leave --chat out.")
     messages = [{"role": "user", "content": source}]

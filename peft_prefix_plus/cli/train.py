@@ -24,10 +24,12 @@ from .arguments import DataArguments, ModelArguments, PrefixArguments, build_con
 # What suits a prefix; the rest are the defaults of `TrainingArguments`.
 DEFAULTS: dict[str, Any] = {
     "learning_rate": 3e-2,
-    "warmup_steps": 0.1,
+    "warmup_steps": 0.2,
     "weight_decay": 0.0,
     "logging_steps": 10,
     "report_to": "none",
+    # Left out, it would be a directory that the user has not named.
+    "output_dir": "",
 }
 
 
@@ -76,7 +78,7 @@ def run(words: Sequence[str]) -> None:
     )
     if data_arguments.train_file is None:
         raise ValueError("Name the data to train on with --train_file.")
-    if training_arguments.output_dir is None:
+    if not training_arguments.output_dir:
         raise ValueError("Name a directory for the adapter with --output_dir.")
     if training_arguments.hub_token is not None:
         raise ValueError(
@@ -89,6 +91,11 @@ def run(words: Sequence[str]) -> None:
     _check_start(build_config(prefix_arguments), data_arguments)
     model, tokenizer = _load(model_arguments)
     train_examples, eval_examples = _load_data(data_arguments, tokenizer)
+    if data_arguments.num_init_examples > len(train_examples):
+        raise ValueError(
+            f"--num_init_examples is {data_arguments.num_init_examples}, but --train_file has {len(train_examples)} "
+            "examples."
+        )
     if data_arguments.num_init_examples:
         demonstrations = write_demonstrations(
             train_examples, data_arguments.num_init_examples, training_arguments.seed
