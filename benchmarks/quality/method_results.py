@@ -33,9 +33,8 @@ class MethodResults:
 
     @property
     def num_parameters(self) -> int:
-        """How many numbers are trained."""
-        count: int = self.runs[0]["trainable_parameters"]
-        return count
+        """How many numbers are trained; the mean over seeds whose prefixes differ in length."""
+        return round(self.average(lambda run: run["trainable_parameters"]))
 
     @property
     def evaluations(self) -> list[str]:

@@ -124,7 +124,7 @@ def build_cost_table(results: list[MethodResults]) -> list[str]:
     lora = next((result for result in results if result.peft_type == "LORA"), None)
     rows = []
     for result in results:
-        size = result.runs[0]["adapter_bytes"] / 1024
+        size = result.average(lambda run: run["adapter_bytes"]) / 1024
         ratios = [write_ratio(result, lora, quantity) for quantity in ("train_cpu_seconds", "peak_memory_mib")]
         rows.append([result.name, f"{result.num_parameters:,}", f"{size:,.0f}", *ratios])
     return write_table(
