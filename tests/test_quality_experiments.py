@@ -14,6 +14,7 @@ from benchmarks.quality.experiment_files import load_experiment, merge_settings
 from benchmarks.quality.method_results import collect_results
 from benchmarks.quality.methods import CONFIG_CLASSES, PEFT_TYPES
 from benchmarks.quality.page import NO_RESULTS, write_page
+from benchmarks.quality.summary import build_summary
 from benchmarks.quality.results_file import BASE_MODEL, ResultsFile, choose_learning_rate
 from benchmarks.quality.run import Benchmark
 from benchmarks.quality.tasks import ClassificationTask
@@ -190,6 +191,8 @@ def test_an_experiment_runs_once_and_gives_a_page(small_experiment, tmp_path):
     for name in (BASE_MODEL, *experiment["methods"], "prefix minus the others", "test: BLEU"):
         assert name in text
     assert "| Small: test | prefix |" in text
+    alone = json.loads(written) | {"runs": [run for run in runs if run["method"] in (BASE_MODEL, "prefix")]}
+    assert build_summary({"small": json.loads(written)}) and not build_summary({"small": alone})
     figures = sorted(path.name for path in (tmp_path / "first" / "images").iterdir())
     assert figures == ["small_parameters.svg", "small_rates.svg"]
     for name in figures:

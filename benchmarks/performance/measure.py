@@ -31,7 +31,16 @@ from benchmarks.performance.cases import (
     train_step,
     truncate_layers,
 )
-from benchmarks.performance.rivals import BARE, LORA, NATIVE, PREFIX, build_prefix, build_rivals, share_weights
+from benchmarks.performance.rivals import (
+    BARE,
+    LORA,
+    NATIVE,
+    PACKAGE,
+    PREFIX,
+    build_prefix,
+    build_rivals,
+    share_weights,
+)
 from benchmarks.performance.rounds import subtract, summarize, time_rounds
 from peft_prefix_plus.base_models import load_base_model
 
@@ -53,6 +62,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
         # Seconds after which a case begins no further round.
         "budget": 60,
         "cases": {
+            # What takes longest comes last.
+            "lengths": [{"num_virtual_tokens": length} for length in (1, 4, 16, 64, 150, 256)],
+            "depths": [{"depth": depth} for depth in (6, 12, 18, 24, 30)],
+            "adapters": [{}],
+            "mixed_batches": [{"context": 64, "new": 16}, {"context": 64, "new": 64}],
             "steps": [
                 *({"batch": batch, "length": length} for batch in (1, 8) for length in (64, 256, 1024)),
                 {"batch": 1, "length": 1024, "checkpointing": True},
@@ -63,10 +77,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
                 for batch in (1, 16)
                 for context in (64, 256, 1024, 2048)
             ],
-            "lengths": [{"num_virtual_tokens": length} for length in (1, 4, 16, 64, 256)],
-            "depths": [{"depth": depth} for depth in (6, 12, 18, 24, 30)],
-            "adapters": [{}],
-            "mixed_batches": [{"context": 64, "new": 16}, {"context": 64, "new": 64}],
         },
     },
 }
@@ -125,12 +135,12 @@ class Measurement:
 
     def measure_length(self, num_virtual_tokens: int) -> Case:
         """A step and a generation with prefixes of one length."""
-        return self._measure_both(build_rivals(self.base, (BARE, PREFIX, NATIVE), num_virtual_tokens))
+        return self._measure_both(build_rivals(self.base, (BARE, PACKAGE, LORA, NATIVE), num_virtual_tokens))
 
     def measure_depth(self, depth: int) -> Case:
         """A step and a generation with the first layers of the model."""
         base = truncate_layers(share_weights(self.base), depth)
-        return self._measure_both(build_rivals(base, (BARE, PREFIX, LORA)))
+        return self._measure_both(build_rivals(base, (BARE, PACKAGE, LORA)))
 
     def _measure_both(self, models: dict[str, nn.Module]) -> Case:
         step = self._time(build_runs(models, train_step, **STEP))

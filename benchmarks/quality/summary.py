@@ -40,6 +40,8 @@ def _summarize_experiment(report: dict[str, Any]) -> list[list[str]]:
     similar = [own for own in results if own.num_parameters <= SIZE * best.num_parameters]
     native = find_best(similar, NATIVE)
     rivals = [own for own in similar if own.peft_type in LORA] + ([] if native is None else [native])
+    if not rivals:
+        return []
     evaluations = [name for name in best.evaluations if name != DEV] or [DEV]
     return [row for name in evaluations for row in _summarize_set(report, name, best, rivals)]
 
