@@ -14,9 +14,9 @@ from benchmarks.quality.experiment_files import load_experiment, merge_settings
 from benchmarks.quality.method_results import collect_results
 from benchmarks.quality.methods import CONFIG_CLASSES, PEFT_TYPES
 from benchmarks.quality.page import NO_RESULTS, write_page
-from benchmarks.quality.summary import build_summary
 from benchmarks.quality.results_file import BASE_MODEL, ResultsFile, choose_learning_rate
 from benchmarks.quality.run import Benchmark
+from benchmarks.quality.summary import build_summary
 from benchmarks.quality.tasks import ClassificationTask
 
 EXPERIMENTS = Path(__file__).parents[1] / "benchmarks" / "quality" / "experiments"
