@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,18 @@ from .examples import IGNORED_LABEL, Example, tokenize_examples, tokenize_prompt
 from .metrics import compute_text_metrics
 
 
-@torch.no_grad()
+class ExampleLoss(NamedTuple):
+    """The loss of one example, all its references counted.
+
+    Attributes:
+        total (`float`): cross-entropy, summed over the tokens of the completions, in nats.
+        num_tokens (`int`): how many these are.
+    """
+
+    total: float
+    num_tokens: int
+
+
 def compute_loss(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -35,12 +47,36 @@ def compute_loss(
     Returns:
         `float`: total loss over the total number of completion tokens, whatever the batches.
     """
-    inputs = sorted(tokenize_examples(examples, tokenizer, max_length), key=lambda row: len(row["input_ids"]))
+    losses = measure_losses(model, tokenizer, examples, batch_size, max_length, show_progress)
+    return sum(loss.total for loss in losses) / sum(loss.num_tokens for loss in losses)
+
+
+@torch.no_grad()
+def measure_losses(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    batch_size: int = 16,
+    max_length: int = 1024,
+    show_progress: bool = False,
+) -> list[ExampleLoss]:
+    """The loss of every example by itself.
+
+    Args:
+        model, tokenizer, examples, batch_size, max_length, show_progress: see [`compute_loss`].
+
+    Returns:
+        `list[ExampleLoss]`: in the order of the examples.
+    """
+    inputs = tokenize_examples(examples, tokenizer, max_length)
+    owners = [index for index, example in enumerate(examples) for _ in example.references]
+    totals, counts = [0.0] * len(examples), [0] * len(examples)
+    order = sorted(range(len(inputs)), key=lambda index: len(inputs[index]["input_ids"]))
     device = next(model.parameters()).device
-    total, count = 0.0, 0
     with _evaluating(model):
-        for start in tqdm(range(0, len(inputs), batch_size), desc="loss", disable=not show_progress):
-            rows = inputs[start : start + batch_size]
+        for start in tqdm(range(0, len(order), batch_size), desc="loss", disable=not show_progress):
+            indices = order[start : start + batch_size]
+            rows = [inputs[index] for index in indices]
             batch = {
                 "input_ids": _pad([row["input_ids"] for row in rows], tokenizer.pad_token_id or 0, left=False),
                 "attention_mask": _pad([row["attention_mask"] for row in rows], 0, left=False),
@@ -50,11 +86,13 @@ def compute_loss(
             # Methods with virtual tokens in the input give logits for them, too.
             logits = logits[:, -labels.shape[1] :]
             losses = nn.functional.cross_entropy(
-                logits[:, :-1].float().transpose(1, 2), labels[:, 1:], ignore_index=IGNORED_LABEL, reduction="sum"
+                logits[:, :-1].float().transpose(1, 2), labels[:, 1:], ignore_index=IGNORED_LABEL, reduction="none"
             )
-            total += float(losses)
-            count += int((labels[:, 1:] != IGNORED_LABEL).sum())
-    return total / count
+            num_tokens = (labels[:, 1:] != IGNORED_LABEL).sum(1).tolist()
+            for index, loss, count in zip(indices, losses.sum(1).tolist(), num_tokens, strict=True):
+                totals[owners[index]] += loss
+                counts[owners[index]] += count
+    return [ExampleLoss(total, count) for total, count in zip(totals, counts, strict=True)]
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from helpers import add_prefix, perturb
 from peft import PromptTuningConfig, get_peft_model
 from tiny_models import build_chat_tokenizer, build_model
 
-from peft_prefix_plus.evaluation import compute_loss, evaluate_model, generate_texts
+from peft_prefix_plus.evaluation import compute_loss, evaluate_model, generate_texts, measure_losses
 from peft_prefix_plus.examples import Example, tokenize_examples
 
 EXAMPLES = [Example("ab", ("cd", "efg")), Example("a longer prompt", ("x",)), Example("", ("plain text",))]
@@ -37,6 +37,15 @@ def test_the_loss_is_the_mean_over_all_completion_tokens(model, tokenizer):
         count += tokens
     for batch_size in (1, 2, 16):
         assert compute_loss(model, tokenizer, EXAMPLES, batch_size) == pytest.approx(total / count, rel=1e-5)
+
+
+def test_losses_are_those_of_each_example_alone_in_the_order_of_the_examples(model, tokenizer):
+    losses = measure_losses(model, tokenizer, EXAMPLES, batch_size=2)
+    assert [loss.total / loss.num_tokens for loss in losses] == pytest.approx(
+        [compute_loss(model, tokenizer, [example]) for example in EXAMPLES], rel=1e-5
+    )
+    tokens = [len(reference) + 1 for example in EXAMPLES for reference in example.references]
+    assert [loss.num_tokens for loss in losses] == [tokens[0] + tokens[1], *tokens[2:]]
 
 
 def test_logits_of_virtual_tokens_in_the_input_do_not_count(tokenizer):

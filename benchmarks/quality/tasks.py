@@ -23,8 +23,8 @@ from transformers import (
 from benchmarks.quality.methods import stands_before_padding
 from benchmarks.quality.segment_scores import Records, count_text_records, is_finite
 from peft_prefix_plus.base_models import load_base_model
-from peft_prefix_plus.evaluation import generate_texts
-from peft_prefix_plus.examples import IGNORED_LABEL, Example, load_examples, tokenize_examples
+from peft_prefix_plus.evaluation import generate_texts, measure_losses
+from peft_prefix_plus.examples import Example, load_examples, tokenize_examples
 
 MINILM_WHEEL = "minilm-wheel"
 BATCH_SIZE = 16
@@ -115,11 +115,12 @@ class GenerationTask:
     def evaluate(self, model: nn.Module, name: str) -> tuple[Records, list[str]]:
         """See [`Task`]. A model whose loss is not finite writes no texts."""
         examples = self._evaluations[name]
-        records = self._measure_losses(model, examples)
+        prompted = self._prompt(examples)
+        losses = measure_losses(model, self.tokenizer, prompted)
+        records = {"loss": [round(loss.total, 4) for loss in losses], "tokens": [loss.num_tokens for loss in losses]}
         if not is_finite(records["loss"]):
             return records, []
-        prompts = [example.prompt for example in self._prompt(examples)]
-        texts = self._generate(model, prompts)
+        texts = self._generate(model, [example.prompt for example in prompted])
         records |= count_text_records(texts, [example.references for example in examples])
         if self._counts_exact:
             records["exact"] = [int(text in own.references) for text, own in zip(texts, examples, strict=True)]
@@ -141,22 +142,6 @@ class GenerationTask:
             for index, text in zip(indices, own_texts, strict=True):
                 texts[index] = text
         return texts
-
-    def _measure_losses(self, model: nn.Module, examples: Sequence[Example]) -> Records:
-        """Cross-entropy and number of completion tokens, summed over the references of each record."""
-        owners = [i for i, example in enumerate(examples) for _ in example.references]
-        losses, counts = [0.0] * len(examples), [0] * len(examples)
-        for indices, logits, labels in predict(model, self.tokenize(list(examples)), self.collator):
-            # Methods with virtual tokens in the input give logits for them, too.
-            logits = logits[:, -labels.shape[1] :]
-            own = nn.functional.cross_entropy(
-                logits[:, :-1].float().transpose(1, 2), labels[:, 1:], ignore_index=IGNORED_LABEL, reduction="none"
-            )
-            rows = zip(indices, own.sum(1).tolist(), (labels[:, 1:] != IGNORED_LABEL).sum(1).tolist(), strict=True)
-            for index, loss, count in rows:
-                losses[owners[index]] += loss
-                counts[owners[index]] += count
-        return {"loss": [round(loss, 4) for loss in losses], "tokens": counts}
 
 
 class ClassificationTask:
