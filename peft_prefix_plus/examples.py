@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -156,26 +155,6 @@ def _parse_messages(messages: Any, tokenizer: PreTrainedTokenizerBase) -> Exampl
         raise ValueError("`messages` need a tokenizer with a chat template; use 'prompt' and 'completion' instead.")
     prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
     return Example(prompt, (messages[-1]["content"],))
-
-
-def write_demonstrations(examples: Sequence[Example], count: int, seed: int = 0) -> str:
-    """Write some examples one behind the other: a few-shot prompt for a prefix to start from.
-
-    Args:
-        examples (`Sequence[Example]`): to choose from.
-        count (`int`): how many, drawn without replacement.
-        seed (`int`): of the draw, default 0.
-
-    Returns:
-        `str`: the prompt, the first reference and a line break of each.
-
-    Raises:
-        ValueError: if there are fewer examples.
-    """
-    if not 0 <= count <= len(examples):
-        raise ValueError(f"`count` must be between 0 and the {len(examples)} examples there are, got {count}.")
-    drawn = random.Random(seed).sample(list(examples), count)
-    return "".join(f"{example.prompt}{example.references[0]}\n" for example in drawn)
 
 
 def tokenize_examples(

@@ -123,6 +123,9 @@ def test_a_prefix_starts_from_training_examples(train):
     both = train("--num_init_examples", "2", "--prefix_init_text", r"Add:\n", output_dir="both")
     text = json.loads((both / "adapter_config.json").read_text())["prefix_init_text"]
     assert text == config["prefix_init_text"] + "Add:\n"
+    chosen = train("--num_init_examples", "2", "--num_init_draws", "3", output_dir="chosen")
+    text = json.loads((chosen / "adapter_config.json").read_text())["prefix_init_text"]
+    assert len({line for line in text.splitlines() if " plus " in line} & {row["source"] for row in ROWS}) == 2
 
 
 def test_json_options_and_patterns(train):
@@ -146,6 +149,8 @@ def test_json_options_and_patterns(train):
         (["--num_init_examples", "13"], "--num_init_examples is 13, but --train_file has 12"),
         (["--num_init_examples", "2", "--prefix_init_token_ids", "3"], "'tokens'"),
         (["--num_init_examples", "2", "--prefix_init", "random"], "--num_init_examples"),
+        (["--num_init_draws", "2"], "--num_init_examples"),
+        (["--num_init_examples", "2", "--num_init_draws", "0"], "--num_init_draws"),
     ],
 )
 def test_bad_input_gives_one_line_and_status_1(train, capsys, words, part):

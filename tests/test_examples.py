@@ -15,7 +15,6 @@ from peft_prefix_plus.examples import (
     load_examples,
     tokenize_examples,
     tokenize_prompts,
-    write_demonstrations,
 )
 
 
@@ -166,14 +165,3 @@ def test_a_long_prompt_loses_its_start_and_never_all_of_itself(tokenizer):
     assert tokenizer.decode(longer["input_ids"]) == "buvwxy"
     assert long["labels"].count(IGNORED_LABEL) == 2
     assert longer["labels"].count(IGNORED_LABEL) == 1
-
-
-def test_demonstrations_are_examples_as_they_are_trained_on():
-    examples = [Example(f"{number}:", (f"a{number}", f"b{number}")) for number in range(5)]
-    assert write_demonstrations(examples, 0) == ""
-    texts = {f"{number}:a{number}" for number in range(5)}
-    assert set(write_demonstrations(examples, 5).splitlines()) == texts
-    first = write_demonstrations(examples, 2)
-    assert first == write_demonstrations(examples, 2) != write_demonstrations(examples, 2, seed=1)
-    with pytest.raises(ValueError, match="between 0 and the 5 examples"):
-        write_demonstrations(examples, 6)

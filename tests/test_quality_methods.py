@@ -11,6 +11,7 @@ from benchmarks.quality.initial_tokens import build_initial_tokens
 from benchmarks.quality.methods import build_method, remove_method
 from benchmarks.quality.segment_scores import score_records
 from benchmarks.quality.tasks import GenerationTask
+from peft_prefix_plus.demonstrations import choose_demonstrations
 from peft_prefix_plus.evaluation import compute_loss, generate_texts
 from peft_prefix_plus.examples import Example
 from peft_prefix_plus.metrics import compute_text_metrics
@@ -141,15 +142,18 @@ def test_losses_and_scores_are_those_of_the_package():
 
 def test_initial_tokens_are_the_same_examples_in_front_of_the_text():
     tokenizer = build_chat_tokenizer()
-    ids = build_initial_tokens({"text": "$init_text", "examples": 2}, tokenizer, INIT_TEXT, EXAMPLES)
+    base = build_model("llama", vocab_size=len(tokenizer)), tokenizer
+    ids = build_initial_tokens({"text": "$init_text", "examples": 2}, *base, INIT_TEXT, EXAMPLES)
     text = tokenizer.decode(ids)
     shown = [example for example in EXAMPLES if f"{example.prompt}{example.references[0]}\n" in text]
     assert text.endswith(INIT_TEXT) and len(shown) == 2
-    assert ids == build_initial_tokens({"text": INIT_TEXT, "examples": 2}, tokenizer, "", EXAMPLES)
+    assert ids == build_initial_tokens({"text": INIT_TEXT, "examples": 2}, *base, "", EXAMPLES)
+    chosen = build_initial_tokens({"text": INIT_TEXT, "examples": 2, "draws": 3}, *base, "", EXAMPLES)
+    assert tokenizer.decode(chosen) == choose_demonstrations(*base, EXAMPLES, 2, INIT_TEXT, 3)
     with pytest.raises(ValueError, match="6 examples there are, got 7"):
-        build_initial_tokens({"examples": 7}, tokenizer, INIT_TEXT, EXAMPLES)
-    with pytest.raises(ValueError, match="fields 'text' and 'examples'"):
-        build_initial_tokens({"texts": INIT_TEXT}, tokenizer, INIT_TEXT)
+        build_initial_tokens({"examples": 7}, *base, INIT_TEXT, EXAMPLES)
+    with pytest.raises(ValueError, match="'draws', 'examples', 'text'"):
+        build_initial_tokens({"texts": INIT_TEXT}, *base, INIT_TEXT)
 
 
 def test_a_prefix_of_examples_trains_its_last_tokens_only():

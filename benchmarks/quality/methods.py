@@ -134,7 +134,7 @@ def _build(
     if "init" in fields:
         if peft_type not in _STARTS:
             raise ValueError(f"{peft_type} does not start from tokens; remove `init` from its settings.")
-        token_ids = build_initial_tokens(fields.pop("init"), tokenizer, init_text, examples)
+        token_ids = build_initial_tokens(fields.pop("init"), model, tokenizer, init_text, examples)
         token_ids = fit_token_ids(token_ids, fields.setdefault("num_virtual_tokens", len(token_ids)))
         if peft_type == "PREFIX_PLUS":
             fields["prefix_init_token_ids"] = token_ids

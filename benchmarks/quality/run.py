@@ -94,7 +94,7 @@ class Benchmark:
         start = random.Random(seed).sample(examples, len(examples))
         task = self.task
         if "prompt" in method:
-            task = task.prompted(write_initial_text(method["prompt"], init_text, start))
+            task = task.prompted(write_initial_text(method["prompt"], task.model, task.tokenizer, init_text, start))
         set_seed(seed)
         applied = build_method(
             method["peft_type"],

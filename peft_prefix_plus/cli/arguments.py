@@ -60,11 +60,18 @@ class DataArguments:
         default=0,
         metadata={"help": "Training examples that the prefix starts from, in front of --prefix_init_text."},
     )
+    num_init_draws: int = field(
+        default=1,
+        metadata={"help": "Draw these examples so many times, and start from those with the least loss on others."},
+    )
 
     def __post_init__(self) -> None:
         check_minimum(self, 2, "max_length")
         check_minimum(self, 1, "max_train_examples", "max_eval_examples")
         check_minimum(self, 0, "num_init_examples")
+        check_minimum(self, 1, "num_init_draws")
+        if self.num_init_draws > 1 and not self.num_init_examples:
+            raise ValueError(f"--num_init_draws is {self.num_init_draws}, but --num_init_examples draws none; set it.")
         self.prompt_template = read_line_breaks(self.prompt_template)
 
 
@@ -90,7 +97,12 @@ def _build_prefix_arguments() -> type:
         default = None if source.name in _JSON_OPTIONS else source.default
         option_type = _OPTION_TYPES.get(source.name, source.type)
         fields.append((source.name, option_type, field(default=default, metadata=dict(source.metadata))))
-    return dataclasses.make_dataclass("PrefixArguments", fields)
+    return dataclasses.make_dataclass("PrefixArguments", fields, namespace={"__post_init__": _read_init_text})
+
+
+def _read_init_text(arguments: Any) -> None:
+    if arguments.prefix_init_text is not None:
+        arguments.prefix_init_text = read_line_breaks(arguments.prefix_init_text)
 
 
 PrefixArguments = _build_prefix_arguments()
@@ -110,8 +122,6 @@ def build_config(arguments: Any, **fields: Any) -> PrefixPlusConfig:
         ValueError: if a value is not allowed, or an option does not hold JSON where it should.
     """
     values = dataclasses.asdict(arguments)
-    if values["prefix_init_text"] is not None:
-        values["prefix_init_text"] = read_line_breaks(values["prefix_init_text"])
     for name in _JSON_OPTIONS:
         if isinstance(values[name], str):
             try:

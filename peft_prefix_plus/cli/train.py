@@ -16,7 +16,8 @@ from transformers import (
 
 from ..base_models import load_base_model, locate_tokenizer
 from ..config import PrefixPlusConfig
-from ..examples import Example, load_examples, tokenize_examples, write_demonstrations
+from ..demonstrations import choose_demonstrations, write_demonstrations
+from ..examples import Example, load_examples, tokenize_examples
 from ..interruption import find_checkpoint_damage, find_last_complete_checkpoint
 from ..model_card import update_model_card
 from .arguments import DataArguments, ModelArguments, PrefixArguments, build_config, parse_arguments
@@ -91,16 +92,15 @@ def run(words: Sequence[str]) -> None:
     _check_start(build_config(prefix_arguments), data_arguments)
     model, tokenizer = _load(model_arguments)
     train_examples, eval_examples = _load_data(data_arguments, tokenizer)
-    if data_arguments.num_init_examples > len(train_examples):
-        raise ValueError(
-            f"--num_init_examples is {data_arguments.num_init_examples}, but --train_file has {len(train_examples)} "
-            "examples."
-        )
     if data_arguments.num_init_examples:
-        demonstrations = write_demonstrations(
-            train_examples, data_arguments.num_init_examples, training_arguments.seed
+        prefix_arguments.prefix_init_text = _write_start(
+            model,
+            tokenizer,
+            train_examples,
+            data_arguments,
+            prefix_arguments.prefix_init_text or "",
+            training_arguments.seed,
         )
-        prefix_arguments.prefix_init_text = demonstrations + (prefix_arguments.prefix_init_text or "")
     config = build_config(prefix_arguments, task_type="CAUSAL_LM")
     peft_model = get_peft_model(model, _with_tokenizer(config, model_arguments.model_name_or_path))
     peft_model.print_trainable_parameters()
@@ -138,6 +138,23 @@ def _check_start(config: PrefixPlusConfig, arguments: DataArguments) -> None:
             f"--num_init_examples makes the prefix start from a text, but --prefix_init is {config.prefix_init!r}. "
             "Leave one of both out."
         )
+
+
+def _write_start(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    arguments: DataArguments,
+    text: str,
+    seed: int,
+) -> str:
+    """The text that the prefix starts from: training examples, and what the user gave."""
+    count = arguments.num_init_examples
+    if count > len(examples):
+        raise ValueError(f"--num_init_examples is {count}, but --train_file has {len(examples)} examples.")
+    if arguments.num_init_draws == 1:
+        return write_demonstrations(examples, count, seed) + text
+    return choose_demonstrations(model, tokenizer, examples, count, text, arguments.num_init_draws, seed=seed)
 
 
 def _load(arguments: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
