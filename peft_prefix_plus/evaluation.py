@@ -11,7 +11,6 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .examples import IGNORED_LABEL, Example, tokenize_examples, tokenize_prompts
-from .metrics import compute_text_metrics
 
 
 class ExampleLoss(NamedTuple):
@@ -158,6 +157,9 @@ def evaluate_model(
     Returns:
         `tuple[dict[str, float], list[str]]`: the scores by name, and the generated texts.
     """
+    # Its libraries come with the extra `train`; losses and texts need none.
+    from .metrics import compute_text_metrics
+
     loss = compute_loss(model, tokenizer, examples, batch_size, max_length, show_progress)
     prompts = [example.prompt for example in examples]
     texts = generate_texts(model, tokenizer, prompts, batch_size, show_progress, **generation_kwargs)

@@ -145,11 +145,12 @@ def test_an_example_that_would_not_be_what_was_meant_is_refused(fields, part):
     assert Example("a", ["b"]) == Example("a", ("b",))
 
 
-def test_files_are_read_without_the_library_for_data_sets(tmp_path):
+def test_files_are_read_and_demonstrations_written_without_the_libraries_of_extras(tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", [{"text": "once"}])
     script = f"""
 import sys
-sys.modules["datasets"] = None
+sys.modules |= dict.fromkeys(["datasets", "evaluate", "sacrebleu", "rouge_score"])
+import peft_prefix_plus.demonstrations
 from peft_prefix_plus.examples import Example, load_examples
 assert load_examples({path!r}, None) == [Example("", ("once",))]
 load_examples("someone/data", None)
