@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .evaluation import compute_loss
 from .examples import Example
+from .inference import compute_loss
 
 # Longer than any input: a prompt that was cut would be judged by what is left of it.
 _NO_LIMIT = 2**31

@@ -9,6 +9,12 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+try:
+    from datasets import load_dataset
+except ModuleNotFoundError:
+    # Files are read without it.
+    load_dataset = None
+
 IGNORED_LABEL = -100
 ROW_FORMATS = (
     "{'prompt': str, 'completion': str}",
@@ -88,13 +94,11 @@ def read_rows(path: str, split: str = "train") -> Iterable[Mapping[str, Any]]:
         return _read_csv(path) if path.endswith(".csv") else _read_json_lines(path)
     if path.endswith((".jsonl", ".json", ".csv")):
         raise ValueError(f"There is no file {path!r}. Expected a .jsonl or .csv file, or the id of a data set.")
-    try:
-        from datasets import load_dataset
-    except ModuleNotFoundError as error:
+    if load_dataset is None:
         raise ValueError(
             f"{path!r} would be read by the package `datasets`, which is not installed: "
             "`pip install 'peft-prefix-plus[train]'`."
-        ) from error
+        )
     rows: Iterable[Mapping[str, Any]] = load_dataset(path, split=split)
     return rows
 

@@ -25,6 +25,7 @@ from .architectures import (
     is_cross_attention,
     is_on_disk,
     read_geometry,
+    read_position_limit,
     runs_without_gradients,
     takes_argument,
     uses_attention_interface,
@@ -270,8 +271,8 @@ def _resolve_lengths(
 
 def _check_positions(config: PrefixPlusConfig, model: PreTrainedModel, length: int) -> None:
     """Warn of a prefix whose tokens stand further apart than any that the model was made for."""
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if config.initializes_from_tokens and isinstance(limit, int) and length > limit:
+    limit = read_position_limit(model)
+    if config.initializes_from_tokens and limit is not None and length > limit:
         warnings.warn(
             f"The prefix has {length} virtual tokens, but {type(model).__name__} was made for {limit} positions "
             "(`max_position_embeddings`), prefix and input together. Set `num_virtual_tokens`, or shorten what the "

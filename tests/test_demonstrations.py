@@ -4,8 +4,8 @@ import pytest
 from tiny_models import build_chat_tokenizer, build_model
 
 from peft_prefix_plus.demonstrations import choose_demonstrations, write_demonstrations
-from peft_prefix_plus.evaluation import compute_loss
 from peft_prefix_plus.examples import Example
+from peft_prefix_plus.inference import compute_loss
 
 EXAMPLES = [Example(f"{number}:", (f"a{number}", f"b{number}")) for number in range(9)]
 

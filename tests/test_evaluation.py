@@ -8,8 +8,9 @@ from helpers import add_prefix, perturb
 from peft import PromptTuningConfig, get_peft_model
 from tiny_models import build_chat_tokenizer, build_model
 
-from peft_prefix_plus.evaluation import compute_loss, evaluate_model, generate_texts, measure_losses
+from peft_prefix_plus.evaluation import evaluate_model
 from peft_prefix_plus.examples import Example, tokenize_examples
+from peft_prefix_plus.inference import compute_loss, generate_texts, measure_losses
 
 EXAMPLES = [Example("ab", ("cd", "efg")), Example("a longer prompt", ("x",)), Example("", ("plain text",))]
 

@@ -38,6 +38,8 @@ ORDER = [
     "registration",
     "supported",
     "examples",
+    "inference",
+    "demonstrations",
     "metrics",
     "evaluation",
     "base_models",

@@ -12,8 +12,8 @@ from benchmarks.quality.methods import build_method, remove_method
 from benchmarks.quality.segment_scores import score_records
 from benchmarks.quality.tasks import GenerationTask
 from peft_prefix_plus.demonstrations import choose_demonstrations
-from peft_prefix_plus.evaluation import compute_loss, generate_texts
 from peft_prefix_plus.examples import Example
+from peft_prefix_plus.inference import compute_loss, generate_texts
 from peft_prefix_plus.metrics import compute_text_metrics
 
 every_method = pytest.mark.parametrize("name", SETTINGS)

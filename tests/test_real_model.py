@@ -7,7 +7,7 @@ from torch.testing import assert_close
 
 from peft_prefix_plus import PrefixPlusConfig
 from peft_prefix_plus.base_models import WHEEL_MODEL, load_base_model, locate_tokenizer
-from peft_prefix_plus.evaluation import generate_texts
+from peft_prefix_plus.inference import generate_texts
 
 INIT_TEXT = "Answer the question in one short sentence.\n"
 PROMPTS = ["What is the capital of France?", "Name a colour.", "Why is the sky blue during the day?"]

@@ -23,8 +23,8 @@ from transformers import (
 from benchmarks.quality.methods import stands_before_padding
 from benchmarks.quality.segment_scores import Records, count_text_records, is_finite
 from peft_prefix_plus.base_models import load_base_model
-from peft_prefix_plus.evaluation import generate_texts, measure_losses
 from peft_prefix_plus.examples import Example, load_examples, tokenize_examples
+from peft_prefix_plus.inference import generate_texts, measure_losses
 
 MINILM_WHEEL = "minilm-wheel"
 BATCH_SIZE = 16

@@ -47,6 +47,7 @@ from .positions import (
     counts_positions_itself,
     find_first_position,
     find_position_tables,
+    read_position_limit,
     uses_absolute_positions,
     uses_sectioned_rotary,
 )
@@ -96,6 +97,7 @@ __all__ = [
     "read_alibi_slopes",
     "read_batch_size",
     "read_geometry",
+    "read_position_limit",
     "read_table_shape",
     "runs_offloaded",
     "runs_without_gradients",

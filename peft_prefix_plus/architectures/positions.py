@@ -37,6 +37,12 @@ def find_position_tables(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def read_position_limit(model: PreTrainedModel) -> int | None:
+    """How many positions the configuration of a model's text part names; `None` if it names no number."""
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) else None
+
+
 def counts_positions_itself(table: nn.Module) -> bool:
     """Whether a table numbers the tokens by itself, from the length of what came before."""
     return takes_argument(table, "past_key_values_length")

@@ -13,8 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 
 from ..base_models import WHEEL_MODEL, load_base_model, locate_tokenizer
 from ..config import PrefixPlusConfig
-from ..evaluation import evaluate_model, generate_texts
+from ..evaluation import evaluate_model
 from ..examples import Example, load_examples
+from ..inference import generate_texts
 from ..plotting import plot_loss_curve
 from ..report import build_report
 from .arguments import parse_arguments

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
-from ..evaluation import generate_texts
+from ..inference import generate_texts
 from .arguments import check_minimum, parse_arguments, read_line_breaks
 from .evaluate import load_adapter
 
