@@ -13,6 +13,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from benchmarks.quality.experiment_files import load_experiment, merge_settings
 from benchmarks.quality.method_results import collect_results
 from benchmarks.quality.methods import CONFIG_CLASSES, PEFT_TYPES
+from benchmarks.quality.method_results import MethodResults
 from benchmarks.quality.page import NO_RESULTS, write_page
 from benchmarks.quality.results_file import BASE_MODEL, ResultsFile, choose_learning_rate
 from benchmarks.quality.run import Benchmark
@@ -215,6 +216,12 @@ def test_the_chosen_run_is_the_same_with_and_without_its_kept_parameters(small_e
     again = json.loads((results / "small.json").read_text())["runs"]
     for first, second in zip(at_once[1:], again[1:], strict=True):
         assert first["scores"] == second["scores"] and first["train_cpu_seconds"] == second["train_cpu_seconds"]
+
+
+@pytest.mark.parametrize(("rates", "chosen", "expected"), [((1, 2, 3), 2, False), ((1, 2), 2, True), ((2,), 2, False)])
+def test_a_rate_is_at_an_end_only_of_others(rates, chosen, expected):
+    runs = [{"learning_rate": rate} for rate in rates]
+    assert MethodResults("any", "LORA", chosen, [], runs).rate_is_at_an_end == expected
 
 
 def test_a_run_that_diverges_is_recorded_as_such(small_experiment, tmp_path):

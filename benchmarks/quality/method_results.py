@@ -43,9 +43,9 @@ class MethodResults:
 
     @property
     def rate_is_at_an_end(self) -> bool:
-        """Whether a lower or a higher rate than those tried may be better."""
+        """Whether a lower or a higher rate than those tried may be better; a single one was not chosen."""
         rates = [run["learning_rate"] for run in self.first_seed_runs]
-        return self.learning_rate in (min(rates), max(rates)) if rates else False
+        return len(rates) > 1 and self.learning_rate in (min(rates), max(rates))
 
     def list_scores(self, evaluation: str) -> list[str]:
         """Names of the scores on a set, in the order of `SCORES`."""
