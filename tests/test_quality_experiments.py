@@ -11,9 +11,8 @@ from tiny_models import build_chat_tokenizer, build_model
 from transformers import BertConfig, BertForSequenceClassification
 
 from benchmarks.quality.experiment_files import load_experiment, merge_settings
-from benchmarks.quality.method_results import collect_results
+from benchmarks.quality.method_results import MethodResults, collect_results
 from benchmarks.quality.methods import CONFIG_CLASSES, PEFT_TYPES
-from benchmarks.quality.method_results import MethodResults
 from benchmarks.quality.page import NO_RESULTS, write_page
 from benchmarks.quality.results_file import BASE_MODEL, ResultsFile, choose_learning_rate
 from benchmarks.quality.run import Benchmark
