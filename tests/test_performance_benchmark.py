@@ -46,7 +46,18 @@ def test_what_is_measured_makes_a_page(tmp_path):
     write_page({"short": report}, tmp_path)
     page = (tmp_path / "performance.md").read_text()
     assert "step, 2 x 8 tokens, checkpointing" in page
-    assert (tmp_path / "images" / "performance_short.png").stat().st_size > 1000
+    assert "Not measured yet" not in page
+    figures = ["performance_short.png", "performance_short_lengths.png"]
+    assert sorted(path.name for path in (tmp_path / "images").iterdir()) == figures
+    assert all((tmp_path / "images" / name).stat().st_size > 1000 and f"(images/{name})" in page for name in figures)
+    unfinished = {"depths": results["depths"], "steps": results["steps"][1:]}
+    write_page({"full": report | {"dtypes": {"bfloat16": unfinished}}}, tmp_path / "other")
+    page = (tmp_path / "other" / "performance.md").read_text()
+    assert (
+        "in bfloat16: 1 of 2 steps, 1 of 1 generation, 1 of 1 lengths, 1 of 1 adapters, 1 of 1 mixed batches." in page
+    )
+    assert "inference" not in page
+    assert [path.name for path in (tmp_path / "other" / "images").iterdir()] == ["performance_full.png"]
 
 
 def test_an_interrupted_measurement_goes_on_with_its_file(tmp_path):

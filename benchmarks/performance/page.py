@@ -1,7 +1,8 @@
 """Writes docs/performance.md, and its figure, from what measure.py measured."""
 
 import json
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
-from benchmarks.performance.rivals import BARE, LORA, NATIVE, PREFIX
+from benchmarks.performance.measure import list_missing
+from benchmarks.performance.rivals import BARE, LORA, NATIVE, PACKAGE, PREFIX
 from benchmarks.performance.rounds import LEAST_ROUNDS
 
 HERE = Path(__file__).parent
@@ -26,8 +29,9 @@ takes about an hour and a quarter in bfloat16, twice that in float32, and goes o
 
 Everything is measured with SmolLM2-135M-Instruct on a CPU, and given as a ratio to the bare base model in the same
 round: the median of all rounds, and in brackets the quartiles. The machines were shared, so differences smaller than
-the quartiles are noise. Prefixes have 20 virtual tokens. PrefixPlus flat, LoRA and PREFIX_TUNING train 230,400
-parameters each, PrefixPlus (with its default projection) 205,440.
+the quartiles are noise. Prefixes have 20 virtual tokens; where a table says otherwise, a step is one of 4 x 96 tokens,
+and generation has batch 4 and context 256. PrefixPlus flat, LoRA and PREFIX_TUNING train 230,400 parameters each,
+PrefixPlus (with its default projection) 205,440.
 
 - A **training step** is a forward and a backward pass; of the base model, with frozen weights, down to the input of
   the first layer.
@@ -119,13 +123,21 @@ def write_mixed_batch(mixed: dict[str, Any]) -> str:
     )
 
 
+# By the kind of cases, the title of a table and what makes its rows.
+TABLES: tuple[tuple[str, str, Callable[[Iterable[dict[str, Any]]], dict[str, Row]]], ...] = (
+    ("steps", "training", list_steps),
+    ("generation", "inference", list_generation),
+    ("lengths", "lengths", list_series),
+    ("depths", "depths", list_series),
+)
+
+
 def write_dtype(dtype: str, results: dict[str, Any]) -> list[str]:
     """The tables of one dtype."""
-    lines = [f"### {dtype}", "", *write_table(list_steps(results.get("steps", [])), "training")]
-    lines += write_table(list_generation(results.get("generation", [])), "inference")
-    for name in ("lengths", "depths"):
-        if name in results:
-            lines += write_table(list_series(results[name]), name)
+    lines = [f"### {dtype}", ""]
+    for kind, title, list_rows in TABLES:
+        if results.get(kind):
+            lines += write_table(list_rows(results[kind]), title)
     for adapters in results.get("adapters", []):
         lines += write_adapters(adapters)
     return [*lines, *(f"- {write_mixed_batch(mixed)}" for mixed in results.get("mixed_batches", [])), ""]
@@ -137,8 +149,43 @@ def describe_rounds(setting: dict[str, Any]) -> str:
     return f"{LEAST_ROUNDS} to {rounds}, as time allowed" if "budget" in setting else rounds
 
 
-def draw_figure(report: dict[str, Any], path: Path) -> None:
-    """Bars of the ratios to the base model, for each case and method."""
+def describe_missing(report: dict[str, Any]) -> list[str]:
+    """What an interrupted measurement has yet to measure."""
+    lines = []
+    for dtype, results in report["dtypes"].items():
+        left = Counter(kind for kind, _ in list_missing(report["setting"], results))
+        if left:
+            counts = ", ".join(
+                f"{count} of {len(report['setting']['cases'][kind])} {kind}" for kind, count in left.items()
+            )
+            lines += [f"Not measured yet in {dtype}: {counts}.".replace("_", " "), ""]
+    return lines
+
+
+def draw_lengths(report: dict[str, Any], path: Path) -> None:
+    """Lines of the ratios to the base model against the length of the prefix."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.5))
+    for axis, part in zip(axes, ("step", "generation"), strict=True):
+        for dtype, results in report["dtypes"].items():
+            lengths = [result["case"]["num_virtual_tokens"] for result in results.get("lengths", [])]
+            for name in (PACKAGE, LORA, NATIVE):
+                times = [result[part][name] for result in results.get("lengths", [])]
+                errors = [[abs(own["ratio"] - own["quartiles"][side]) for own in times] for side in (0, 1)]
+                label = name if len(report["dtypes"]) == 1 else f"{name}, {dtype}"
+                axis.errorbar(
+                    lengths, [own["ratio"] for own in times], yerr=errors, capsize=2, marker=".", label=label
+                )
+        axis.axhline(1, color="black", linewidth=0.8)
+        axis.set_xscale("log", base=2)
+        axis.set_xlabel("virtual tokens")
+        axis.set_title(part)
+    axes[0].set_ylabel("time / base model")
+    axes[0].legend()
+    _save(figure, path)
+
+
+def draw_bars(report: dict[str, Any], path: Path) -> None:
+    """Bars of the ratios to the base model, for each step, generation and method."""
     figure, axes = plt.subplots(1, len(report["dtypes"]), figsize=(6 * len(report["dtypes"]), 4), squeeze=False)
     for axis, (dtype, results) in zip(axes[0], report["dtypes"].items(), strict=True):
         cases = {f"step\n{describe_step(step['case'])}": step["times"] for step in results.get("steps", [])}
@@ -155,10 +202,21 @@ def draw_figure(report: dict[str, Any], path: Path) -> None:
         axis.set_ylim(bottom=0.6)
         axis.set_ylabel("time / base model")
     axes[0][0].legend()
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
     figure.tight_layout()
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Software": None})
     plt.close(figure)
+
+
+# By the kinds of cases that they show: what draws them, how their files end, and a title.
+FIGURES = (
+    (("steps", "generation"), draw_bars, "", "Time of training steps and of generation"),
+    (("lengths",), draw_lengths, "_lengths", "Time against the length of the prefix"),
+)
 
 
 def write_page(reports: dict[str, dict[str, Any]], docs: Path) -> None:
@@ -176,8 +234,11 @@ def write_page(reports: dict[str, dict[str, Any]], docs: Path) -> None:
             f"{report['model']}, {report['threads']} threads, {describe_rounds(report['setting'])}. {versions}.",
             "",
         ]
-        draw_figure(report, docs / "images" / f"performance_{name}.png")
-        lines += [f"![Time of training steps and of generation](images/performance_{name}.png)", ""]
+        lines += describe_missing(report)
+        for kinds, draw, file, title in FIGURES:
+            if any(kind in results for results in report["dtypes"].values() for kind in kinds):
+                draw(report, docs / "images" / f"performance_{name}{file}.png")
+                lines += [f"![{title}](images/performance_{name}{file}.png)", ""]
         for dtype, results in report["dtypes"].items():
             lines += write_dtype(dtype, results)
     (docs / "performance.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
