@@ -97,9 +97,9 @@ def run(words: Sequence[str]) -> None:
             model,
             tokenizer,
             train_examples,
-            data_arguments,
             prefix_arguments.prefix_init_text or "",
-            training_arguments.seed,
+            data_arguments,
+            training_arguments,
         )
     config = build_config(prefix_arguments, task_type="CAUSAL_LM")
     peft_model = get_peft_model(model, _with_tokenizer(config, model_arguments.model_name_or_path))
@@ -144,16 +144,18 @@ def _write_start(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
-    arguments: DataArguments,
     text: str,
-    seed: int,
+    arguments: DataArguments,
+    training_arguments: TrainingArguments,
 ) -> str:
     """The text that the prefix starts from: training examples, and what the user gave."""
-    count = arguments.num_init_examples
+    count, seed = arguments.num_init_examples, training_arguments.seed
     if count > len(examples):
         raise ValueError(f"--num_init_examples is {count}, but --train_file has {len(examples)} examples.")
     if arguments.num_init_draws == 1:
         return write_demonstrations(examples, count, seed) + text
+    # Where the `Trainer` will put it; many inputs go through it here.
+    model.to(training_arguments.device)
     return choose_demonstrations(model, tokenizer, examples, count, text, arguments.num_init_draws, seed=seed)
 
 
