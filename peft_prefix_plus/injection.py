@@ -104,7 +104,8 @@ def plan_injection(config: PrefixPlusConfig, model: PreTrainedModel) -> Injectio
     _check_implementations(modules, lengths)
     for length in lengths.values():
         config.check_frozen_tokens(length)
-    _check_positions(config, model, max(lengths.values()))
+    if config.initializes_from_tokens and not config.prefix_is_initialized:
+        _check_positions(model, max(lengths.values()))
     geometries = {name: read_geometry(modules[name]) for name in lengths}
     if is_on_disk(model):
         # PEFT takes the hooks off while it loads an adapter, and then nothing tells where a module computes.
@@ -269,10 +270,10 @@ def _resolve_lengths(
     return lengths
 
 
-def _check_positions(config: PrefixPlusConfig, model: PreTrainedModel, length: int) -> None:
+def _check_positions(model: PreTrainedModel, length: int) -> None:
     """Warn of a prefix whose tokens stand further apart than any that the model was made for."""
     limit = read_position_limit(model)
-    if config.initializes_from_tokens and limit is not None and length > limit:
+    if limit is not None and length > limit:
         warnings.warn(
             f"The prefix has {length} virtual tokens, but {type(model).__name__} was made for {limit} positions "
             "(`max_position_embeddings`), prefix and input together. Set `num_virtual_tokens`, or shorten what the "

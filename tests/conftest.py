@@ -22,7 +22,8 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
 
     directory: Path = tmp_path_factory.mktemp("tiny-model")
     tokenizer = build_chat_tokenizer()
-    model = build_model("llama", vocab_size=len(tokenizer))
+    # Texts are long in bytes.
+    model = build_model("llama", vocab_size=len(tokenizer), max_position_embeddings=1024)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return str(directory)

@@ -38,9 +38,10 @@ def find_position_tables(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def read_position_limit(model: PreTrainedModel) -> int | None:
-    """How many positions the configuration of a model's text part names; `None` if it names no number."""
+    """How many positions the configuration of a model's text part names; `None` if it names no limit."""
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return limit if isinstance(limit, int) else None
+    # XLNet says -1.
+    return limit if isinstance(limit, int) and limit > 0 else None
 
 
 def counts_positions_itself(table: nn.Module) -> bool:

@@ -29,8 +29,6 @@ DEFAULTS: dict[str, Any] = {
     "weight_decay": 0.0,
     "logging_steps": 10,
     "report_to": "none",
-    # Left out, it would be a directory that the user has not named.
-    "output_dir": "",
 }
 
 
@@ -75,7 +73,8 @@ def run(words: Sequence[str]) -> None:
         "Train a prefix and save it to --output_dir.",
         (ModelArguments, DataArguments, PrefixArguments, TrainingArguments),
         words,
-        DEFAULTS,
+        # Left out, the directory would be one that the user has not named.
+        DEFAULTS | {"output_dir": ""},
     )
     if data_arguments.train_file is None:
         raise ValueError("Name the data to train on with --train_file.")
