@@ -39,7 +39,8 @@ SUMMARY = """## Summary
 The PrefixPlus method with the least loss on `dev` beside rivals that train at most a tenth more parameters: LoRA, and
 of PEFT's own prefix methods the one with the least loss on `dev`. Differences have intervals of 95 % by paired
 bootstrap, bold where they exclude zero; a negative difference of the loss is in favour of PrefixPlus, as is a positive
-one of the score. All methods, and what they cost, are below.
+one of the score. A prefix starts from an instruction, so the LoRA to compare it with is the one that reads it, too
+("instructed"); the other shows what the instruction does. All methods, and what they cost, are below.
 """
 NO_RESULTS = """
 There are no results yet. `make bench-quality DATA=directory` runs a short experiment and writes this page.
