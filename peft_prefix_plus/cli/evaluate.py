@@ -35,6 +35,7 @@ class EvaluateArguments:
     def __post_init__(self) -> None:
         check_minimum(self, 2, "max_length")
         check_minimum(self, 1, "max_eval_examples", "batch_size", "max_new_tokens")
+        self.prompt_template = read_line_breaks(self.prompt_template)
         if self.output_file is not None and not os.path.isdir(os.path.dirname(self.output_file) or "."):
             raise ValueError(f"--output_file {self.output_file!r} is in a directory that does not exist.")
 
@@ -82,9 +83,8 @@ def run(words: Sequence[str]) -> None:
         "evaluate", "Loss and text scores with and without an adapter.", (EvaluateArguments,), words
     )
     model, tokenizer = load_adapter(arguments.adapter, arguments.model_name_or_path, arguments.dtype)
-    template = read_line_breaks(arguments.prompt_template)
     examples = load_examples(
-        arguments.eval_file, tokenizer, arguments.eval_split, template, arguments.max_eval_examples
+        arguments.eval_file, tokenizer, arguments.eval_split, arguments.prompt_template, arguments.max_eval_examples
     )
     settings = {"max_length": arguments.max_length, "show_progress": True, "max_new_tokens": arguments.max_new_tokens}
     with model.disable_adapter():

@@ -32,6 +32,7 @@ class GenerateArguments:
 
     def __post_init__(self) -> None:
         check_minimum(self, 1, "batch_size", "max_new_tokens", "num_beams")
+        self.prompt_template = read_line_breaks(self.prompt_template)
         for name in ("temperature", "top_p"):
             if vars(self)[name] != 1.0 and not self.do_sample:
                 raise ValueError(f"--{name} is {vars(self)[name]}, but the search is greedy; add --do_sample.")
@@ -60,7 +61,7 @@ def run(words: Sequence[str]) -> None:
 
 def _build_prompt(source: str, tokenizer: PreTrainedTokenizerBase, arguments: GenerateArguments) -> str:
     if not arguments.chat:
-        return read_line_breaks(arguments.prompt_template).replace("{source}", source)
+        return arguments.prompt_template.replace("{source}", source)
     if tokenizer.chat_template is None:
         raise ValueError("The base model has no chat template; leave --chat out.")
     messages = [{"role": "user", "content": source}]
