@@ -15,7 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from benchmarks.performance.cases import count_saved_bytes
 from peft_prefix_plus import PrefixPlusLayer
-from peft_prefix_plus.attention.merging import attend_by_parts, can_merge
+from peft_prefix_plus.attention.merging import _MAX_PRECISE_QUERIES, attend_by_parts, can_merge
 from peft_prefix_plus.attention.prepending import extend_mask, match_prefix, prepend_prefix
 from peft_prefix_plus.states import PrefixStates
 
@@ -119,6 +119,35 @@ def test_gradients_equal_those_of_attention_at_once(queries, mask_kind, prefix_k
         torch.autograd.grad(given, inputs, arriving), torch.autograd.grad(expected, inputs, arriving), strict=True
     ):
         assert_close(own, other, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("tokens", [32, _MAX_PRECISE_QUERIES, _MAX_PRECISE_QUERIES + 1, 400])
+def test_gradients_in_half_precision_are_about_as_exact_as_those_of_attention_at_once(tokens, dtype):
+    torch.manual_seed(0)
+    shapes = [(2, HEADS, tokens, DIM), *2 * [(2, KV_HEADS, tokens, DIM)], *2 * [(1, KV_HEADS, 5, DIM)]]
+    drawn, weights = [draw(*shape) for shape in shapes], draw(2, tokens, HEADS, DIM)
+    causal = torch.ones(1, 1, tokens, tokens, dtype=torch.bool).tril()
+
+    def differentiate(by_parts: bool, own_dtype: torch.dtype) -> list[Tensor]:
+        query, key, value, keys, values = inputs = [item.to(own_dtype, copy=True).requires_grad_() for item in drawn]
+        prefix = PrefixStates(keys.expand(2, -1, -1, -1), values.expand(2, -1, -1, -1))
+        if by_parts:
+            output = attend_by_parts(query, key, value, None, prefix, True, 0.4)
+        else:
+            output = attend_at_once(query, key, value, causal, prefix)
+        (output * weights.to(own_dtype)).sum().backward()
+        return [item.grad for item in inputs]
+
+    exact = differentiate(False, torch.float32)
+    errors = [
+        [(own.float() - right).norm() / right.norm() for own, right in zip(grads, exact, strict=True)]
+        for grads in (differentiate(True, dtype), differentiate(False, dtype))
+    ]
+    by_parts, at_once = errors
+    assert all(own < 1.3 * other < 0.05 for own, other in zip(by_parts, at_once, strict=True))
+    # That of the prefix is computed in float32, whatever the number of queries.
+    assert all(own < other for own, other in zip(by_parts[3:], at_once[3:], strict=True))
 
 
 def test_a_first_layer_gives_gradients_to_its_prefix_only():

@@ -10,7 +10,7 @@ from tiny_models import build_model
 
 from benchmarks.peak_memory import read_peak_memory, reset_peak_memory
 from benchmarks.performance.cases import count_saved_bytes, draw_ids, generate, measure_peak, truncate_layers
-from benchmarks.performance.measure import Measurement, list_missing, read_report
+from benchmarks.performance.measure import DTYPES, Measurement, list_missing, read_report
 from benchmarks.performance.page import write_page
 from benchmarks.performance.rivals import BARE, CONFIGS, PREFIX, build_rivals, share_weights
 from benchmarks.performance.rounds import subtract, summarize, time_rounds
@@ -42,7 +42,13 @@ def test_what_is_measured_makes_a_page(tmp_path):
     assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
     assert set(results["steps"][0]["times"]) == {BARE, *CONFIGS}
     assert all(step["times"][BARE]["ratio"] == 1 for step in results["steps"])
-    report = {"model": "tiny", "threads": 1, "setting": SETTING, "versions": {}, "dtypes": {"float32": results}}
+    report = {
+        "model": "tiny",
+        "threads": 1,
+        "setting": SETTING,
+        "versions": {},
+        "dtypes": dict.fromkeys(DTYPES, results),
+    }
     write_page({"short": report}, tmp_path)
     page = (tmp_path / "performance.md").read_text()
     assert "step, 2 x 8 tokens, checkpointing" in page
@@ -56,6 +62,7 @@ def test_what_is_measured_makes_a_page(tmp_path):
     assert (
         "in bfloat16: 1 of 2 steps, 1 of 1 generation, 1 of 1 lengths, 1 of 1 adapters, 1 of 1 mixed batches." in page
     )
+    assert "Nothing has been measured in float32 yet." in page
     assert "inference" not in page
     assert [path.name for path in (tmp_path / "other" / "images").iterdir()] == ["performance_full.png"]
 

@@ -13,11 +13,12 @@ from transformers import BertConfig, BertForSequenceClassification
 from benchmarks.quality.experiment_files import load_experiment, merge_settings
 from benchmarks.quality.method_results import MethodResults, collect_results
 from benchmarks.quality.methods import CONFIG_CLASSES, PEFT_TYPES
-from benchmarks.quality.page import NO_RESULTS, write_page
+from benchmarks.quality.page import NO_RESULTS, build_cost_table, write_page
 from benchmarks.quality.results_file import BASE_MODEL, ResultsFile, choose_learning_rate
 from benchmarks.quality.run import Benchmark
 from benchmarks.quality.summary import build_summary
-from benchmarks.quality.tasks import ClassificationTask
+from benchmarks.quality.tasks import ClassificationTask, limit_set
+from benchmarks.quality.trial import build_trial
 
 EXPERIMENTS = Path(__file__).parents[1] / "benchmarks" / "quality" / "experiments"
 
@@ -25,8 +26,9 @@ EXPERIMENTS = Path(__file__).parents[1] / "benchmarks" / "quality" / "experiment
 def test_a_prompted_task_reads_the_text_in_training_and_in_evaluation(small_experiment):
     path, _, results = small_experiment
     benchmark = Benchmark(path, path.parent, results)
-    _, task, examples = benchmark._build("lora", 0)
-    rows, plain = task.tokenize(examples), benchmark.task.tokenize(examples)
+    trial = build_trial(benchmark.experiment, benchmark.task, "lora", 0.01, 0)
+    task = trial.task
+    rows, plain = task.tokenize(trial.examples), benchmark.task.tokenize(trial.examples)
     added = len(rows[0]["input_ids"]) - len(plain[0]["input_ids"])
     in_front = rows[0]["input_ids"][:added]
     assert task.tokenizer.decode(in_front).endswith(INIT_TEXT)
@@ -63,6 +65,38 @@ def test_an_experiment_changes_the_one_that_it_extends(tmp_path):
     path.write_text(json.dumps({**base, "task": {**base["task"], "evaluations": {"test": {"path": "x"}}}}))
     with pytest.raises(ValueError, match="'dev'"):
         load_experiment(path)
+    evaluations = {"dev": {"path": "x", "sample_seed": 0}}
+    path.write_text(json.dumps({**base, "task": {**base["task"], "evaluations": evaluations}}))
+    with pytest.raises(ValueError, match="`sample_seed` of the evaluation 'dev' needs `limit`"):
+        load_experiment(path)
+
+
+def test_an_evaluation_set_is_limited_to_its_first_records_or_to_a_sample():
+    rows = list(range(50))
+    assert limit_set(rows, {}) == rows and limit_set(rows, {"limit": 5}) == rows[:5]
+    drawn = limit_set(rows, {"limit": 5, "sample_seed": 0})
+    assert drawn == limit_set(rows, {"limit": 5, "sample_seed": 0}) != limit_set(rows, {"limit": 5, "sample_seed": 1})
+    assert len(set(drawn)) == 5 and set(drawn) < set(rows) and drawn != rows[:5]
+    with pytest.raises(ValueError, match="The limit is 51, but the set has 50"):
+        limit_set(rows, {"limit": 51, "sample_seed": 0})
+
+
+def test_a_rate_that_is_not_listed_any_more_is_never_chosen():
+    runs = [make_run(rate=0.1, loss=2.0), make_run(rate=0.01, loss=1.0)]
+    (result,) = collect_results({"experiment": make_experiment(), "runs": runs})
+    assert result.learning_rate == 0.1 and result.first_seed_runs == runs[:1]
+
+
+def test_costs_are_ratios_to_the_first_lora_that_has_them_all():
+    plain, timed = ({"machine": "m", "adapter_bytes": 1024, "trainable_parameters": 8} for _ in range(2))
+    timed |= {"train_cpu_seconds": 2.0, "peak_memory_mib": 4}
+    costly = timed | {"train_cpu_seconds": 3.0}
+    results = [
+        MethodResults(name, "LORA", 0.1, [run], []) for name, run in zip("abc", (plain, timed, costly), strict=True)
+    ]
+    table = "\n".join(build_cost_table(results))
+    assert "CPU time of training / b | peak memory / b" in table
+    assert "| a | 8 | 1 | – | – |" in table and "| c | 8 | 1 | 1.50 | 1.00 |" in table
 
 
 def make_run(method="a", rate=0.1, seed=0, loss=1.0, **fields):
@@ -128,7 +162,9 @@ def test_the_rate_is_chosen_on_the_first_seed_among_runs_that_did_not_diverge():
     ]
     diverged = make_run(rate=0.4, diverged=True, scores={}, records={})
     assert choose_learning_rate([*runs, diverged], "a", 0) == 0.2
-    (result,) = collect_results({"experiment": make_experiment(), "runs": [*runs, diverged]})
+    experiment = make_experiment()
+    experiment["methods"]["a"]["learning_rates"] = [0.1, 0.2, 0.4]
+    (result,) = collect_results({"experiment": experiment, "runs": [*runs, diverged]})
     assert result.get_scores("dev", "loss") == [1.5, 1.9]
     assert result.diverged == 1
     assert choose_learning_rate([diverged], "a", 0) is None

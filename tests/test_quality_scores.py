@@ -47,17 +47,29 @@ def draw_records(seed, count=40):
 
 @pytest.mark.parametrize("name", SCORES)
 def test_a_method_does_not_differ_from_itself(name):
+    assert compare([draw_records(0)] * 3, [draw_records(0)], name, resamples=200) == pytest.approx((0, 0, 0), abs=1e-9)
     records = [draw_records(0), draw_records(1)]
-    assert compare(records, records[::-1], name, resamples=200) == pytest.approx((0, 0, 0), abs=1e-9)
+    difference = compare(records, records[::-1], name, resamples=200)
+    assert difference.value == pytest.approx(0) and not difference.excludes_zero
+
+
+def shift_losses(records, shift):
+    losses = [loss + shift * n for loss, n in zip(records["loss"], records["tokens"], strict=True)]
+    return {**records, "loss": losses}
 
 
 def test_a_shift_of_every_loss_is_the_difference_in_every_resample():
-    first = [draw_records(0), draw_records(1)]
-    second = [
-        {**own, "loss": [loss + 0.25 * n for loss, n in zip(own["loss"], own["tokens"], strict=True)]} for own in first
-    ]
+    first = [draw_records(0)] * 2
+    second = [shift_losses(own, 0.25) for own in first]
     assert compare(first, second, "loss", resamples=200) == pytest.approx((-0.25, -0.25, -0.25))
     assert compare(first, second, "loss", resamples=200).excludes_zero
+
+
+def test_the_interval_covers_what_seeds_differ_by():
+    records = draw_records(0)
+    seeds = [shift_losses(records, shift) for shift in (-0.5, 0.0, 0.5)]
+    # All three resampled seeds are the same extreme one with a probability of 1 / 27 each, more than a tail of 2.5 %.
+    assert compare(seeds, [records], "loss", resamples=4000) == pytest.approx((0.0, -0.5, 0.5))
 
 
 @pytest.mark.parametrize("name", ["bleu", "chrf", "loss", "accuracy"])

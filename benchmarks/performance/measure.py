@@ -83,6 +83,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 STEP = {"batch": 4, "length": 96}
 GENERATION = {"batch": 4, "context": 256, "new": 33}
 NUM_MIXED = 8
+DTYPES = ("float32", "bfloat16")
 
 
 class Measurement:
@@ -206,7 +207,7 @@ def read_report(path: Path, head: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--setting", choices=SETTINGS, default="short")
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--dtypes", nargs="+", default=DTYPES)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--resume", action="store_true", help="keep what the output file has, measure what is missing")

@@ -2,7 +2,8 @@
 
     python -m benchmarks.quality.bootstrap benchmarks/quality/results/e2e.json "PrefixPlus" "LoRA r=4"
 
-Both methods are scored on the same resampled records; the score of a method is the mean over its seeds.
+Both methods are scored on the same resampled records. The score of a method is the mean over its seeds, which are
+resampled, too, for each method by itself.
 """
 
 import argparse
@@ -41,7 +42,7 @@ class Difference(NamedTuple):
 def compare(
     first: Sequence[Records], second: Sequence[Records], name: str, resamples: int = RESAMPLES, seed: int = 0
 ) -> Difference:
-    """Resample the records of two methods together.
+    """Resample the records of two methods together, and the seeds of each.
 
     Args:
         first (`Sequence[Records]`): the records of one method, for each of its seeds.
@@ -64,16 +65,23 @@ def compare(
     (count,) = counts
     generator = np.random.default_rng(seed)
     weights = generator.multinomial(count, np.full(count, 1 / count), size=resamples).astype(float)
-    all_records = np.ones((1, count))
-    (value,) = _subtract(selected, score, all_records)
+    shares = [
+        generator.multinomial(len(runs), np.full(len(runs), 1 / len(runs)), size=resamples) / len(runs)
+        for runs in selected
+    ]
+    equal_shares = [np.full((1, len(runs)), 1 / len(runs)) for runs in selected]
+    (value,) = _subtract(selected, score, np.ones((1, count)), equal_shares)
     margin = 50 * (1 - LEVEL)
-    lower, upper = np.percentile(_subtract(selected, score, weights), [margin, 100 - margin])
+    lower, upper = np.percentile(_subtract(selected, score, weights, shares), [margin, 100 - margin])
     return Difference(float(value), float(lower), float(upper))
 
 
-def _subtract(selected: list[list[Array]], score: Score, weights: Array) -> Array:
-    """The difference for each row of `[resamples, records]` weights."""
-    means = [np.mean([score.compute(weights @ rows) for rows in runs], axis=0) for runs in selected]
+def _subtract(selected: list[list[Array]], score: Score, weights: Array, shares: list[Array]) -> Array:
+    """The difference for each row of `[resamples, records]` weights and `[resamples, seeds]` shares of each method."""
+    means = [
+        np.sum(np.stack([score.compute(weights @ rows) for rows in runs], axis=1) * own, axis=1)
+        for runs, own in zip(selected, shares, strict=True)
+    ]
     return np.asarray(means[0] - means[1])
 
 

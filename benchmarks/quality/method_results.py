@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
-from benchmarks.quality.results_file import BASE_MODEL, Run, choose_learning_rate, has_settings
+from benchmarks.quality.results_file import BASE_MODEL, Run, choose_learning_rate, list_current_runs
 from benchmarks.quality.segment_scores import SCORES, Records
 
 DEV = "dev"
@@ -78,7 +78,7 @@ def collect_results(report: dict[str, Any]) -> list[MethodResults]:
     base_runs = [run for run in runs if run["method"] == BASE_MODEL]
     results = [MethodResults(BASE_MODEL, None, None, base_runs, [])]
     for name, method in experiment["methods"].items():
-        own = [run for run in runs if run["method"] == name and has_settings(run, method)]
+        own = list_current_runs(runs, name, method)
         rate = choose_learning_rate(own, name, experiment["seeds"][0])
         chosen = [run for run in own if run["learning_rate"] == rate and not run["diverged"]]
         first = [run for run in own if run["seed"] == experiment["seeds"][0]]

@@ -31,20 +31,25 @@ repeat it.
 
 Every method was trained with each of its learning rates on the first seed. The rate with the least loss on the set
 `dev` was then used for all seeds. Values are means over the seeds, with the least and the greatest in brackets.
-Rates are chosen on `dev`, so its values are slightly too good, for all methods alike; other sets had no part in any
-choice.
+Rates are chosen on `dev`, so its values are slightly too good, for all methods alike. Those of PrefixPlus may be a
+little better still, because what its defaults are was found out on `dev` of E2E and of WebNLG
+([Recipes](recipes.md#what-was-tried)). Other sets had no part in any choice.
 """
 SUMMARY = """## Summary
 
-The PrefixPlus method with the least loss on `dev` beside rivals that train at most a tenth more parameters: LoRA, and
-of PEFT's own prefix methods the one with the least loss on `dev`. Differences have intervals of 95 % by paired
-bootstrap, bold where they exclude zero; a negative difference of the loss is in favour of PrefixPlus, as is a positive
-one of the score. A prefix starts from an instruction, so the LoRA to compare it with is the one that reads it, too
-("instructed"); the other shows what the instruction does. All methods, and what they cost, are below.
+The PrefixPlus method with the least loss on `dev` beside rivals that train at most a quarter more parameters: LoRA,
+and of PEFT's own prefix methods the one with the least loss on `dev`. Differences have intervals of 95 % by bootstrap
+over records and seeds, bold where they exclude zero; a negative difference of the loss is in favour of PrefixPlus, as
+is a positive one of the score. "13 wide" starts from two training examples and an instruction. "Instructed" reads the
+instruction in front of each input; plain LoRA shows what the instruction does. Which part of a difference is due to
+the examples, methods that have them, too, would show ("prompted", "from examples"), where they have been run. All
+methods, and what they cost, are below.
 """
 NO_RESULTS = """
 There are no results yet. `make bench-quality DATA=directory` runs a short experiment and writes this page.
 """
+# What a run has cost, with the titles of columns.
+COSTS = {"train_cpu_seconds": "CPU time of training", "peak_memory_mib": "peak memory"}
 COST = """CPU time and peak memory of training: means over the runs with the chosen rate, as ratios to those of LoRA on
 the same kind of machine. Other processes ran beside them and slow memory down, so small differences mean nothing;
 [Speed and memory](performance.md) has measurements side by side. A dash: not measured.
@@ -52,10 +57,9 @@ the same kind of machine. Other processes ran beside them and slow memory down, 
 DIFFERENCES = """### {name}: {best} minus the others
 
 {best} had the least loss on `dev` {choice}, and is compared here with every other method: the difference and its
-interval of 95 %, by paired bootstrap over the records (10,000 resamples, scores averaged over the seeds). Intervals
-that exclude zero are bold. They cover the choice of records, not that of seeds. For the loss lower is better, for
-everything else higher. Of {count} intervals, about one in twenty would exclude zero if there were no difference at
-all.
+interval of 95 %, by bootstrap over the records, the same ones for both, and over the seeds of each (10,000 resamples).
+Intervals that exclude zero are bold. For the loss lower is better, for everything else higher. Of {count} intervals,
+about one in twenty would exclude zero if there were no difference at all.
 """
 
 
@@ -93,10 +97,7 @@ def describe_setting(report: dict[str, Any]) -> list[str]:
     """What all runs have in common, in one paragraph."""
     experiment = report["experiment"]
     task, training = experiment["task"], experiment["training"]
-    sets = ", ".join(
-        f"`{name}` ({own['path']}" + (f", the first {own['limit']} records)" if "limit" in own else ")")
-        for name, own in task["evaluations"].items()
-    )
+    sets = ", ".join(f"`{name}` ({own['path']}{describe_limit(own)})" for name, own in task["evaluations"].items())
     limit = f", {task['train_limit']} examples of it, drawn anew for each seed" if "train_limit" in task else ""
     arguments = ", ".join(f"{name} {value}" for name, value in training.items())
     versions = sorted({tuple(run["versions"].items()) for run in report["runs"]})
@@ -105,6 +106,14 @@ def describe_setting(report: dict[str, Any]) -> list[str]:
         f"`{experiment['model']}` in {experiment['dtype']}. Trained on {task['train']}{limit}. Evaluated on {sets}. "
         f"{arguments}. Seeds {', '.join(map(str, experiment['seeds']))}. {listed}."
     ]
+
+
+def describe_limit(evaluation: dict[str, Any]) -> str:
+    """Which records of a set were taken, if not all."""
+    if "limit" not in evaluation:
+        return ""
+    drawn = f"{evaluation['limit']} records drawn with seed {evaluation.get('sample_seed')}"
+    return f", {drawn}" if "sample_seed" in evaluation else f", the first {evaluation['limit']} records"
 
 
 def build_score_table(results: list[MethodResults], evaluation: str) -> list[str]:
@@ -122,22 +131,24 @@ def build_score_table(results: list[MethodResults], evaluation: str) -> list[str
 
 def build_cost_table(results: list[MethodResults]) -> list[str]:
     """Sizes, and time and memory of training as ratios to LoRA on the same machine."""
-    lora = next((result for result in results if result.peft_type == "LORA"), None)
+    lora = [result for result in results if result.peft_type == "LORA"]
+    # Older runs have no CPU time.
+    measured = [result for result in lora if all(run.get(name) for run in result.runs for name in COSTS)]
+    reference = next(iter(measured or lora), None)
     rows = []
     for result in results:
         size = result.average(lambda run: run["adapter_bytes"]) / 1024
-        ratios = [write_ratio(result, lora, quantity) for quantity in ("train_cpu_seconds", "peak_memory_mib")]
+        ratios = [write_ratio(result, reference, quantity) for quantity in COSTS]
         rows.append([result.name, f"{result.num_parameters:,}", f"{size:,.0f}", *ratios])
-    return write_table(
-        ["method", "trained parameters", "adapter KB", "CPU time of training / LoRA", "peak memory / LoRA"], rows
-    )
+    titles = [f"{title} / {reference.name if reference else 'LoRA'}" for title in COSTS.values()]
+    return write_table(["method", "trained parameters", "adapter KB", *titles], rows)
 
 
-def write_ratio(result: MethodResults, lora: MethodResults | None, quantity: str) -> str:
+def write_ratio(result: MethodResults, reference: MethodResults | None, quantity: str) -> str:
     """The ratio of two means over runs on one machine, or a dash if there are none."""
     machine = result.runs[0]["machine"]
     means = []
-    for own in (result, lora):
+    for own in (result, reference):
         runs = own.runs if own is not None else []
         values = [run[quantity] for run in runs if run["machine"] == machine and run.get(quantity)]
         if not values:

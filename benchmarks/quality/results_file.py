@@ -99,6 +99,12 @@ def has_settings(run: Run, method: dict[str, Any]) -> bool:
     return all(run.get(name) == method.get(name) for name in SETTING)
 
 
+def list_current_runs(runs: Sequence[Run], name: str, method: dict[str, Any]) -> list[Run]:
+    """The runs of a method with its present settings and rates; earlier rates would be more than the others have."""
+    own = [run for run in runs if run["method"] == name and has_settings(run, method)]
+    return [run for run in own if run["learning_rate"] in method["learning_rates"]]
+
+
 def choose_learning_rate(runs: Sequence[Run], method: str, first_seed: int) -> float | None:
     """The rate with the least loss on the set `dev` in the runs of the first seed; `None` if all diverged."""
     candidates = [run for run in runs if run["method"] == method and run["seed"] == first_seed and not run["diverged"]]

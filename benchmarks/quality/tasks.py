@@ -94,7 +94,7 @@ class GenerationTask:
         template = {"prompt_template": task["prompt_template"]} if "prompt_template" in task else {}
         self._train = load_examples(str(data / task["train"]), self.tokenizer, **template)
         self._evaluations = {
-            name: load_examples(str(data / own["path"]), self.tokenizer, limit=own.get("limit"), **template)
+            name: limit_set(load_examples(str(data / own["path"]), self.tokenizer, **template), own)
             for name, own in task["evaluations"].items()
         }
 
@@ -154,8 +154,7 @@ class ClassificationTask:
         self._train_limit = task.get("train_limit")
         self._train = read_labelled_rows(data / task["train"])
         self._evaluations = {
-            name: read_labelled_rows(data / own["path"])[: own.get("limit")]
-            for name, own in task["evaluations"].items()
+            name: limit_set(read_labelled_rows(data / own["path"]), own) for name, own in task["evaluations"].items()
         }
         sets = (self._train, *self._evaluations.values())
         self.labels = sorted({row["label"] for rows in sets for row in rows})
@@ -216,8 +215,14 @@ def draw_sample(examples: Sequence[Any], limit: int | None, seed: int) -> list[A
     if limit is None:
         return list(examples)
     if limit > len(examples):
-        raise ValueError(f"`train_limit` is {limit}, but the training set has {len(examples)} examples; lower it.")
+        raise ValueError(f"The limit is {limit}, but the set has {len(examples)} examples; lower it.")
     return random.Random(seed).sample(list(examples), limit)
+
+
+def limit_set(examples: Sequence[Any], evaluation: dict[str, Any]) -> list[Any]:
+    """What an experiment measures of an evaluation set: its first examples or, with a seed, a sample of them."""
+    limit, seed = evaluation.get("limit"), evaluation.get("sample_seed")
+    return list(examples[:limit]) if seed is None else draw_sample(examples, limit, seed)
 
 
 def read_labelled_rows(path: Path) -> list[Row]:

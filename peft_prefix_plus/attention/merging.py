@@ -20,6 +20,8 @@ from .routing import AttentionFunction
 # The kernel that sdpa itself uses on a CPU; unlike sdpa it returns the log-sum-exp.
 _attend_on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _differentiate_on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+# With so many queries the backward kernel is faster in float32 than in half precision, with more of them slower.
+_MAX_PRECISE_QUERIES = 256
 # Arguments that change nothing here, whatever they hold.
 _HARMLESS = frozenset(
     {
@@ -131,6 +133,10 @@ class _Merged(NamedTuple):
     output: Tensor
     weight: Tensor
 
+    def to(self, dtype: torch.dtype) -> "_Merged":
+        """In another dtype; the log-sum-exp has the kernel's own."""
+        return _Merged(self.gradient.to(dtype), self.query.to(dtype), self.output.to(dtype), self.weight)
+
 
 class _Part(NamedTuple):
     """Keys and values that a query attends to beside others, `[batch, kv_heads, tokens, dim]`, or 1 for every row.
@@ -157,6 +163,10 @@ class _Part(NamedTuple):
         joined = _Merged(*(_join_rows(item) for item in merged))
         of_query, of_keys, of_values = self._call_backward_kernel(joined, scaling)
         return _part_rows(of_query, merged.query.shape[0]), of_keys, of_values
+
+    def to(self, dtype: torch.dtype) -> "_Part":
+        """In another dtype; the mask follows the queries."""
+        return self._replace(keys=self.keys.to(dtype), values=self.values.to(dtype))
 
     def _is_shared_by_rows_of(self, query: Tensor) -> bool:
         """Whether all rows see the same keys, as if their queries were those of a single row."""
@@ -205,15 +215,19 @@ class _AttentionByParts(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, mask, prefix_mask, output, weight = ctx.saved_tensors
         is_causal, scaling = ctx.settings
-        # In half precision the kernel takes twice as long, for less.
-        precise = torch.promote_types(gradient.dtype, torch.float32)
-        query, key, value, keys, values, output, gradient = (item.to(precise) for item in (*inputs, output, gradient))
+        query, key, value, keys, values = inputs
+        precise = torch.promote_types(query.dtype, torch.float32)
         merged = _Merged(gradient, query, output, weight)
-        of_query, *of_prefix = _Part(keys, values, prefix_mask).differentiate(merged, scaling)
+        precisely_merged = merged.to(precise)
+        prefix = _Part(keys, values, prefix_mask).to(precise)
+        of_query, *of_prefix = prefix.differentiate(precisely_merged, scaling)
         of_tokens: tuple[Tensor | None, ...] = (None, None, None)
         # The first layer of a frozen model has nothing behind it that trains.
         if any(ctx.needs_input_grad[1:4]):
-            of_token_query, *of_states = _Part(key, value, mask, is_causal).differentiate(merged, scaling)
+            if query.shape[-2] <= _MAX_PRECISE_QUERIES:
+                merged = precisely_merged
+            tokens = _Part(key, value, mask, is_causal).to(merged.query.dtype)
+            of_token_query, *of_states = tokens.differentiate(merged, scaling)
             of_tokens = (of_query.add_(of_token_query), *of_states)
         given = zip((*of_tokens, *of_prefix), inputs, strict=True)
         of_inputs = [None if item is None else item.to(own.dtype) for item, own in given]
