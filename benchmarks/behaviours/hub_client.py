@@ -136,7 +136,10 @@ def main() -> None:
     logging.basicConfig(level=logging.DEBUG)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _start_server()
-    with Listener(str(get_directory() / "socket"), backlog=16) as listener:
+    socket = get_directory() / "socket"
+    with Listener(str(socket.with_name("unnamed-socket")), backlog=16) as listener:
+        # A socket's file is there before it takes connections: its name appears once it does.
+        socket.with_name("unnamed-socket").rename(socket)
         while True:
             with listener.accept() as connection:
                 _answer(connection)
