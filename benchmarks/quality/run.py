@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.environment import list_versions
+from benchmarks.half_precision import multiply_in_float32
 from benchmarks.quality.experiment_files import load_experiment
 from benchmarks.quality.method_results import DEV
 from benchmarks.quality.methods import AppliedMethod, remove_method
@@ -103,6 +104,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="directory of the results files")
     parser.add_argument("--only", nargs="*", help="names of methods")
     arguments = parser.parse_args()
+    multiply_in_float32()
     Benchmark(arguments.experiment, arguments.data, arguments.results).run(arguments.only)
 
 

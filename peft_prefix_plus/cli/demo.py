@@ -11,7 +11,7 @@ from typing import Any
 from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
-from ..base_models import WHEEL_MODEL, load_base_model, locate_tokenizer
+from ..base_models import WHEEL_MODEL, choose_fast_dtype, load_base_model, locate_tokenizer
 from ..config import PrefixPlusConfig
 from ..evaluation import evaluate_model
 from ..examples import Example, load_examples
@@ -33,7 +33,12 @@ class DemoArguments:
     model_name_or_path: str = field(
         default=WHEEL_MODEL, metadata={"help": "Base model; default: SmolLM2-135M-Instruct."}
     )
-    dtype: str = field(default="bfloat16", metadata={"help": "Weights of the base model."})
+    dtype: str = field(
+        default_factory=choose_fast_dtype,
+        metadata={
+            "help": "Weights of the base model; default: bfloat16, or float32 on a processor that is slow in it."
+        },
+    )
     max_steps: int = field(default=60, metadata={"help": "Training steps."})
     max_eval_examples: int = field(default=32, metadata={"help": "Held-out examples to score."})
     seed: int = field(default=0, metadata={"help": "Seed of the training."})
