@@ -10,7 +10,7 @@ from tiny_models import build_model
 
 from benchmarks.peak_memory import read_peak_memory, reset_peak_memory
 from benchmarks.performance.cases import count_saved_bytes, draw_ids, generate, measure_peak, truncate_layers
-from benchmarks.performance.measure import DTYPES, Measurement, list_missing, read_report
+from benchmarks.performance.measure import DTYPES, Measurement, list_missing, note_machine, read_report
 from benchmarks.performance.page import write_page
 from benchmarks.performance.rivals import BARE, CONFIGS, PREFIX, build_rivals, share_weights
 from benchmarks.performance.rounds import subtract, summarize, time_rounds
@@ -48,11 +48,13 @@ def test_what_is_measured_makes_a_page(tmp_path):
         "setting": SETTING,
         "versions": {},
         "dtypes": dict.fromkeys(DTYPES, results),
+        "machines": {"float32": {"processor": "tiny chip", "instructions": "NONE"}},
     }
     write_page({"short": report}, tmp_path)
     page = (tmp_path / "performance.md").read_text()
     assert "step, 2 x 8 tokens, checkpointing" in page
     assert "Not measured yet" not in page
+    assert page.count("Measured on tiny chip, NONE.") == 1
     figures = ["performance_short.png", "performance_short_lengths.png"]
     assert sorted(path.name for path in (tmp_path / "images").iterdir()) == figures
     assert all((tmp_path / "images" / name).stat().st_size > 1000 and f"(images/{name})" in page for name in figures)
@@ -74,6 +76,19 @@ def test_an_interrupted_measurement_goes_on_with_its_file(tmp_path):
     assert read_report(path, head) == report
     with pytest.raises(ValueError, match="another threads"):
         read_report(path, head | {"threads": 1})
+
+
+def test_cases_of_several_machines_are_not_mixed():
+    report = {"dtypes": {"float32": {}, "bfloat16": {"steps": [{}]}}}
+    for dtype in report["dtypes"]:
+        note_machine(report, dtype)
+    # That of the other's cases is not known.
+    assert list(report["machines"]) == ["float32"]
+    report["dtypes"]["float32"]["steps"] = [{}]
+    note_machine(report, "float32")
+    report["machines"]["float32"] = report["machines"]["float32"] | {"instructions": "another"}
+    with pytest.raises(ValueError, match=r"float32 were measured on .*another"):
+        note_machine(report, "float32")
 
 
 def test_rivals_share_all_weights_of_the_base_model():

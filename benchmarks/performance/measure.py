@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from benchmarks.environment import list_versions
+from benchmarks.environment import describe_machine, list_versions
 from benchmarks.performance.cases import (
     build_loading,
     build_mixed_batch,
@@ -204,6 +204,22 @@ def read_report(path: Path, head: dict[str, Any]) -> dict[str, Any]:
     return report
 
 
+def note_machine(report: dict[str, Any], dtype: str) -> None:
+    """Write down which machine a dtype is measured on; nothing, if that of earlier cases is not known.
+
+    Raises:
+        ValueError: if the file's cases of this dtype come from another one: ratios depend on the processor.
+    """
+    machines, machine = report.setdefault("machines", {}), describe_machine()
+    if not report["dtypes"][dtype]:
+        machines[dtype] = machine
+    elif machines.get(dtype, machine) != machine:
+        raise ValueError(
+            f"The cases in {dtype} were measured on {machines[dtype]}, this is {machine}. Measure the rest there, or "
+            "everything again without `--resume`."
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--setting", choices=SETTINGS, default="short")
@@ -227,6 +243,7 @@ def main() -> None:
         missing = list(list_missing(setting, results))
         if not missing:
             continue
+        note_machine(report, dtype)
         base, _ = load_base_model("smollm2-wheel", dtype=dtype)
         measurement = Measurement(base, setting["rounds"], setting.get("budget"))
         for kind, case in missing:

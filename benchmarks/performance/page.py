@@ -138,9 +138,11 @@ TABLES: tuple[tuple[str, str, Callable[[Iterable[dict[str, Any]]], dict[str, Row
 )
 
 
-def write_dtype(dtype: str, results: dict[str, Any]) -> list[str]:
+def write_dtype(dtype: str, results: dict[str, Any], machine: dict[str, Any] | None) -> list[str]:
     """The tables of one dtype."""
     lines = [f"### {dtype}", ""]
+    if machine is not None:
+        lines += [f"Measured on {machine['processor']}, {machine['instructions']}.", ""]
     for kind, title, list_rows in TABLES:
         if results.get(kind):
             lines += write_table(list_rows(results[kind]), title)
@@ -249,7 +251,7 @@ def write_page(reports: dict[str, dict[str, Any]], docs: Path) -> None:
                 draw(report, docs / "images" / f"performance_{name}{file}.png")
                 lines += [f"![{title}](images/performance_{name}{file}.png)", ""]
         for dtype, results in report["dtypes"].items():
-            lines += write_dtype(dtype, results)
+            lines += write_dtype(dtype, results, report.get("machines", {}).get(dtype))
     (docs / "performance.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
 
 
