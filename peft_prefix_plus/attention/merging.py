@@ -121,7 +121,7 @@ def attend_by_parts(
     elif query.shape[-2] == 1:
         output = _attend_with_one_query(query, tokens, in_front, prefix, scaling)
     else:
-        output, _ = _attend_to_both(query, tokens, in_front, scaling)
+        output, *_ = _attend_to_both(query, tokens, in_front, scaling)
     return output.transpose(1, 2).contiguous()
 
 
@@ -205,7 +205,8 @@ class _AttentionByParts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, scaling: float | None, query: Tensor, *parts: Any) -> Tensor:
         tokens, prefix = _Part(*parts[:4]), _Part(*parts[4:])
-        output, weight = _attend_to_both(query, tokens, prefix, scaling)
+        output, *weights = _attend_to_both(query, tokens, prefix, scaling)
+        weight = torch.logaddexp(*weights)
         ctx.save_for_backward(query, *tokens[:2], *prefix[:2], tokens.mask, prefix.mask, output, weight)
         ctx.settings = tokens.is_causal, scaling
         return output
@@ -234,10 +235,12 @@ class _AttentionByParts(torch.autograd.Function):
         return None, *of_inputs[:3], None, None, *of_inputs[3:], None, None
 
 
-def _attend_to_both(query: Tensor, tokens: _Part, prefix: _Part, scaling: float | None) -> tuple[Tensor, Tensor]:
-    """Output `[batch, heads, queries, dim]`, and the log-sum-exp of all scores `[batch, heads, queries]`."""
+def _attend_to_both(
+    query: Tensor, tokens: _Part, prefix: _Part, scaling: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output `[batch, heads, queries, dim]`, and the log-sum-exp of each part's scores `[batch, heads, queries]`."""
     own, others = tokens.attend(query, scaling), prefix.attend(query, scaling)
-    return _merge(*own, *others), torch.logaddexp(own[1], others[1])
+    return _merge(*own, *others), own[1], others[1]
 
 
 def _attend_with_one_query(
@@ -256,7 +259,7 @@ def _attend_with_one_query(
         mask = extend_mask(mask, prefix, key.shape[-2], query.dtype)
         output, _ = _Part(*prepend_prefix(key, value, prefix), mask).attend(grouped, scaling)
     else:
-        output, _ = _attend_to_both(grouped, _Part(key, value, mask), in_front, scaling)
+        output, *_ = _attend_to_both(grouped, _Part(key, value, mask), in_front, scaling)
     return output.reshape(query.shape)
 
 
