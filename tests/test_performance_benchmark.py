@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny_models import build_model
 
+from benchmarks.instructions import count_instructions
 from benchmarks.peak_memory import read_peak_memory, reset_peak_memory
 from benchmarks.performance.cases import count_saved_bytes, draw_ids, generate, measure_peak, truncate_layers
 from benchmarks.performance.measure import DTYPES, Measurement, list_missing, note_machine, read_report
@@ -53,6 +54,7 @@ def test_what_is_measured_makes_a_page(tmp_path):
     write_page({"short": report}, tmp_path)
     page = (tmp_path / "performance.md").read_text()
     assert "step, 2 x 8 tokens, checkpointing" in page
+    assert ("instructions, 2 x 8 tokens" in page) == (count_instructions(list) is not None)
     assert "Not measured yet" not in page
     assert page.count("Measured on tiny chip, NONE.") == 1
     figures = ["performance_short.png", "performance_short_lengths.png"]
@@ -160,3 +162,18 @@ def test_the_peak_is_that_since_the_reset():
     assert 150 << 20 < read_peak_memory() - before < 300 << 20
     reset_peak_memory()
     assert read_peak_memory() - before < 100 << 20
+
+
+def test_instructions_are_those_of_the_run():
+    def work(rounds):
+        product = torch.eye(32)
+        for _ in range(rounds):
+            product = product @ product
+
+    threads = torch.get_num_threads()
+    work(1)
+    short, long = (count_instructions(lambda rounds=rounds: work(rounds)) for rounds in (200, 2000))
+    assert torch.get_num_threads() == threads
+    if short is None:
+        pytest.skip("this system does not count instructions")
+    assert 8 < long / short < 12

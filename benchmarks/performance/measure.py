@@ -20,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from benchmarks.environment import describe_machine, list_versions
+from benchmarks.instructions import count_instructions
 from benchmarks.performance.cases import (
     build_loading,
     build_mixed_batch,
@@ -42,7 +43,7 @@ from benchmarks.performance.rivals import (
     share_weights,
 )
 from benchmarks.performance.rounds import subtract, summarize, time_rounds
-from peft_prefix_plus.base_models import load_base_model
+from peft_prefix_plus.base_models import choose_fast_dtype, load_base_model
 
 Case = dict[str, Any]
 # By kind, the cases; what they hold are arguments of the methods of `Measurement`.
@@ -62,7 +63,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
         # Seconds after which a case begins no further round.
         "budget": 60,
         "cases": {
-            # What takes longest comes last.
             "lengths": [{"num_virtual_tokens": length} for length in (1, 4, 16, 64, 150, 256)],
             "depths": [{"depth": depth} for depth in (6, 12, 18, 24, 30)],
             "adapters": [{}],
@@ -113,18 +113,19 @@ class Measurement:
         return {"case": case} | self._kinds[kind](**case)
 
     def measure_step(self, **step: Any) -> Case:
-        """A training step: its time, what it keeps for the backward pass, and the peak of the memory."""
+        """A training step: its time, its instructions, what it keeps for the backward pass, and the peak memory."""
         models = dict(self.models)
         if step.get("checkpointing"):
             del models[NATIVE]
         runs = build_runs(models, train_step, **step)
         times = summarize(self._time(runs), BARE)
+        instructions = {name: count_instructions(run) for name, run in runs.items()}
         saved = {name: count_saved_bytes(models[name], run) for name, run in runs.items()}
         peaks = {name: measure_peak(run) for name, run in runs.items()}
-        return {"times": times, "saved_bytes": saved, "peak_bytes": peaks}
+        return {"times": times, "instructions": instructions, "saved_bytes": saved, "peak_bytes": peaks}
 
     def measure_generation(self, **case: int) -> Case:
-        """Generation as a whole, its first token, which reads the context, and the others."""
+        """Generation as a whole, with its instructions; its first token, which reads the context; and the others."""
         first: dict[str, list[float]] = {name: [] for name in self.models}
         runs = build_runs(self.models, generate, **case)
         noted = {name: partial(lambda name: first[name].append(runs[name]()), name) for name in runs}
@@ -132,7 +133,8 @@ class Measurement:
         # Without those of the round that does not count.
         first = {name: own[1:] for name, own in first.items()}
         parts = {"times": whole, "prefill": first, "decoding": subtract(whole, first)}
-        return {name: summarize(seconds, BARE) for name, seconds in parts.items()}
+        instructions = {name: count_instructions(run) for name, run in runs.items()}
+        return {name: summarize(seconds, BARE) for name, seconds in parts.items()} | {"instructions": instructions}
 
     def measure_length(self, num_virtual_tokens: int) -> Case:
         """A step and a generation with prefixes of one length."""
@@ -182,6 +184,11 @@ class Measurement:
         return {"times": times}
 
 
+def count_tokens(case: Case) -> int:
+    """How many tokens a case reads; 0, if that is not what its time depends on."""
+    return int(case.get("batch", 0) * case.get("length", case.get("context", 0)))
+
+
 def list_missing(setting: dict[str, Any], results: dict[str, list[Case]]) -> Iterator[tuple[str, Case]]:
     """The kinds and the cases of a setting that have not been measured, in their order."""
     for kind, cases in setting["cases"].items():
@@ -223,7 +230,15 @@ def note_machine(report: dict[str, Any], dtype: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--setting", choices=SETTINGS, default="short")
-    parser.add_argument("--dtypes", nargs="+", default=DTYPES)
+    parser.add_argument(
+        "--dtypes",
+        nargs="+",
+        choices=DTYPES,
+        default=list(dict.fromkeys((DTYPES[0], choose_fast_dtype()))),
+        help="default: float32, and bfloat16 if the processor has instructions for it",
+    )
+    kinds = list(SETTINGS["full"]["cases"])
+    parser.add_argument("--kinds", nargs="+", choices=kinds, default=kinds, help="only these cases")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--resume", action="store_true", help="keep what the output file has, measure what is missing")
@@ -240,7 +255,9 @@ def main() -> None:
     report = read_report(arguments.output, head) if resumes else head | {"dtypes": {}}
     for dtype in arguments.dtypes:
         results: dict[str, list[Case]] = report["dtypes"].setdefault(dtype, {})
-        missing = list(list_missing(setting, results))
+        missing = [(kind, case) for kind, case in list_missing(setting, results) if kind in arguments.kinds]
+        # What takes longest comes last.
+        missing.sort(key=lambda kind_and_case: count_tokens(kind_and_case[1]))
         if not missing:
             continue
         note_machine(report, dtype)

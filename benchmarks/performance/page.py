@@ -41,6 +41,8 @@ gradient of up to 256 queries is computed in float32, where that is faster. All 
 
 - A **training step** is a forward and a backward pass; of the base model, with frozen weights, down to the input of
   the first layer.
+- **Instructions** are how many the processor executes, with one thread, outside of the system. What else a machine
+  does has no part in them, but some take longer than others.
 - **Saved bytes** are what autograd keeps for the backward pass, without the parameters.
 - **Peak memory** is by how much a step raises the resident memory of the process.
 - **Generation** is greedy, with 33 new tokens. Prefill is the time to the first of them, decoding that of the others.
@@ -69,6 +71,14 @@ def write_ratios(times: dict[str, Any], base: str = BARE) -> Row:
     return {name: write_ratio(own) for name, own in times.items() if name != base}
 
 
+def write_counts(counts: dict[str, int | None]) -> Row:
+    """The cells of one row, of what was counted once; none, if it was not counted."""
+    known = {name: count for name, count in counts.items() if count}
+    if not known or len(known) < len(counts):
+        return {}
+    return {name: f"{count / known[BARE]:.3f}" for name, count in known.items() if name != BARE}
+
+
 def describe_step(case: dict[str, Any]) -> str:
     """The batch and the length of a training step."""
     return f"{case['batch']} x {case['length']} tokens" + (", checkpointing" if case.get("checkpointing") else "")
@@ -80,10 +90,9 @@ def list_steps(steps: Iterable[dict[str, Any]]) -> dict[str, Row]:
     for step in steps:
         case = describe_step(step["case"])
         rows[f"step, {case}"] = write_ratios(step["times"])
-        for title, key in (("saved bytes", "saved_bytes"), ("peak memory", "peak_bytes")):
-            numbers = step.get(key, {})
-            if numbers and all(numbers.values()):
-                cells = {name: f"{own / numbers[BARE]:.3f}" for name, own in numbers.items() if name != BARE}
+        counts = (("instructions", "instructions"), ("saved bytes", "saved_bytes"), ("peak memory", "peak_bytes"))
+        for title, key in counts:
+            if cells := write_counts(step.get(key, {})):
                 rows[f"{title}, {case}"] = cells
     return rows
 
@@ -95,6 +104,8 @@ def list_generation(cases: Iterable[dict[str, Any]]) -> dict[str, Row]:
         case = f"batch {result['case']['batch']}, context {result['case']['context']}"
         for title, key in (("generation", "times"), ("prefill", "prefill"), ("decoding", "decoding")):
             rows[f"{title}, {case}"] = write_ratios(result[key])
+        if cells := write_counts(result.get("instructions", {})):
+            rows[f"instructions, {case}"] = cells
     return rows
 
 
