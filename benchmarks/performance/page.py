@@ -28,6 +28,9 @@ where it was interrupted:
     python -m benchmarks.performance.measure --setting full --resume --output benchmarks/performance/full.json
     python -m benchmarks.performance.page
 
+`--kinds steps generation` measures only those cases. Without instructions for bfloat16 in the processor, only float32
+is measured.
+
 Everything is measured with SmolLM2-135M-Instruct on a CPU, and given as a ratio to the bare base model in the same
 round: the median of all rounds, and in brackets the quartiles. The machines were shared, so differences smaller than
 the quartiles are noise. Prefixes have 20 virtual tokens; where a table says otherwise, a step is one of 4 x 96 tokens,
