@@ -45,7 +45,7 @@ gradient of up to 256 queries is computed in float32, where that is faster. All 
 - A **training step** is a forward and a backward pass; of the base model, with frozen weights, down to the input of
   the first layer.
 - **Instructions** are how many the processor executes, with one thread, outside of the system. What else a machine
-  does has no part in them, but some take longer than others.
+  does has no part in them, so they tell more where quartiles are far apart; but some take longer than others.
 - **Saved bytes** are what autograd keeps for the backward pass, without the parameters.
 - **Peak memory** is by how much a step raises the resident memory of the process.
 - **Generation** is greedy, with 33 new tokens. Prefill is the time to the first of them, decoding that of the others.
@@ -189,14 +189,15 @@ def describe_missing(report: dict[str, Any]) -> list[str]:
 
 def draw_lengths(report: dict[str, Any], path: Path) -> None:
     """Lines of the ratios to the base model against the length of the prefix."""
+    measured = {dtype: results["lengths"] for dtype, results in report["dtypes"].items() if results.get("lengths")}
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.5))
     for axis, part in zip(axes, ("step", "generation"), strict=True):
-        for dtype, results in report["dtypes"].items():
-            lengths = [result["case"]["num_virtual_tokens"] for result in results.get("lengths", [])]
+        for dtype, results in measured.items():
+            lengths = [result["case"]["num_virtual_tokens"] for result in results]
             for name in (PACKAGE, LORA, NATIVE):
-                times = [result[part][name] for result in results.get("lengths", [])]
+                times = [result[part][name] for result in results]
                 errors = [[abs(own["ratio"] - own["quartiles"][side]) for own in times] for side in (0, 1)]
-                label = name if len(report["dtypes"]) == 1 else f"{name}, {dtype}"
+                label = name if len(measured) == 1 else f"{name}, {dtype}"
                 axis.errorbar(
                     lengths, [own["ratio"] for own in times], yerr=errors, capsize=2, marker=".", label=label
                 )
@@ -211,18 +212,18 @@ def draw_lengths(report: dict[str, Any], path: Path) -> None:
 
 def draw_bars(report: dict[str, Any], path: Path) -> None:
     """Bars of the ratios to the base model, for each step, generation and method."""
-    figure, axes = plt.subplots(1, len(report["dtypes"]), figsize=(6 * len(report["dtypes"]), 4), squeeze=False)
+    figure, axes = plt.subplots(1, len(report["dtypes"]), figsize=(6 * len(report["dtypes"]), 5), squeeze=False)
     for axis, (dtype, results) in zip(axes[0], report["dtypes"].items(), strict=True):
-        cases = {f"step\n{describe_step(step['case'])}": step["times"] for step in results.get("steps", [])}
+        cases = {f"step, {describe_step(step['case'])}": step["times"] for step in results.get("steps", [])}
         for result in results.get("generation", []):
-            cases[f"generation\n{result['case']['batch']} x {result['case']['context']}"] = result["times"]
+            cases[f"generation, {result['case']['batch']} x {result['case']['context']}"] = result["times"]
         for offset, name in enumerate((PREFIX, LORA, NATIVE)):
             places = [index + 0.25 * (offset - 1) for index, times in enumerate(cases.values()) if name in times]
             own = [times[name] for times in cases.values() if name in times]
             errors = [[abs(item["ratio"] - item["quartiles"][side]) for item in own] for side in (0, 1)]
             axis.bar(places, [item["ratio"] for item in own], 0.22, yerr=errors, capsize=2, label=name)
         axis.axhline(1, color="black", linewidth=0.8)
-        axis.set_xticks(range(len(cases)), cases, fontsize=7)
+        axis.set_xticks(range(len(cases)), cases, fontsize=7, rotation=40, ha="right")
         axis.set_title(dtype)
         axis.set_ylim(bottom=0.6)
         axis.set_ylabel("time / base model")
