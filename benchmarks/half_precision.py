@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map_only
 
+from peft_prefix_plus.base_models import computes_in_bfloat16
+
 # What multiplies matrices, and how many of its results have the dtype of its inputs.
 _PRODUCTS = {
     "mm": 1,
@@ -32,7 +34,7 @@ def multiply_in_float32() -> bool:
         `bool`: whether the processor needs it.
     """
     global _library
-    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if computes_in_bfloat16():
         return False
     if _library is None:
         _library = torch.library.Library("aten", "IMPL")

@@ -66,8 +66,12 @@ def choose_fast_dtype() -> str:
         `str`: `"bfloat16"`, or `"float32"` where there is only a processor without instructions that oneDNN computes
         bfloat16 with: matrices are multiplied many times slower in it there.
     """
-    is_fast = torch.accelerator.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return "bfloat16" if is_fast else "float32"
+    return "bfloat16" if torch.accelerator.is_available() or computes_in_bfloat16() else "float32"
+
+
+def computes_in_bfloat16() -> bool:
+    """Whether the processor has instructions that oneDNN computes bfloat16 with."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def find_wheel_model() -> Path:

@@ -1,7 +1,7 @@
 """The layers that PrefixPlus puts in place of a model's own modules."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -46,6 +46,10 @@ class PrefixPlusLayerBase(nn.Module, BaseTunerLayer):
 
     def __getattr__(self, name: str) -> Any:
         """Answer for the wrapped module: decoder layers read attributes such as `is_sliding` from their attention."""
+        # Every layer asks for its own modules at every token.
+        modules = self.__dict__.get("_modules", {})
+        if name in modules:
+            return modules[name]
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -79,6 +83,8 @@ class PrefixPlusLayerBase(nn.Module, BaseTunerLayer):
             return []
         available, rows = self.list_adapters(), self.rows
         wanted = self.active_adapters if rows is None else rows.adapters
+        if wanted == available:
+            return available
         return [name for name in wanted if name in available]
 
     @property
@@ -192,7 +198,8 @@ class PrefixPlusLayer(PrefixPlusLayerBase):
         return encoder
 
     def list_adapters(self) -> list[str]:
-        return list(self.prefix_plus_encoder.keys())
+        # Past `__getattr__`: every layer asks at every token.
+        return list(cast(nn.ModuleDict, self._modules["prefix_plus_encoder"]))
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_names, inference_mode=inference_mode)

@@ -91,7 +91,9 @@ def attend_sdpa(
 
 def _is_causal(module: nn.Module, query: Tensor, kwargs: dict[str, Any]) -> bool:
     """Whether sdpa would attend causally when it gets no mask; the rule of `sdpa_attention_forward`."""
+    if query.shape[-2] == 1:
+        return False
     is_causal = kwargs.get("is_causal")
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
-    return bool(is_causal) and query.shape[-2] > 1
+    return bool(is_causal)

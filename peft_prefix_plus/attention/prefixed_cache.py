@@ -152,7 +152,7 @@ class PrefixedLayer(DynamicLayer):
             if storage is None or not storage.put_in_front(states, prefix):
                 _storages[self] = storage = _Storage(states, prefix, key, value)
                 self.keys, self.values = storage.tokens
-        return storage.prefix._replace(joined=storage.joined)
+        return PrefixStates(*storage.prefix[:4], storage.joined)
 
 
 def _can_follow(storage: _Storage, keys: Tensor, values: Tensor) -> bool:

@@ -44,11 +44,12 @@ def route_config(config: PreTrainedConfig) -> PreTrainedConfig:
     Only the attention module may get the copy: masks are made from the model's own config.
 
     Args:
-        config (`PreTrainedConfig`): the config that the module shares with its model.
+        config (`PreTrainedConfig`): the config that the module shares with its model, or a copy that this made of it.
 
     Returns:
-        `PreTrainedConfig`: its attribute `prefix_plus_original` is the config itself.
+        `PreTrainedConfig`: its attribute `prefix_plus_original` is the config of the model.
     """
+    config = _find_original(config)
     routed = copy.copy(config)
     # Not through the property, whose setter would write into the sub-configs, and those are shared with the model.
     routed._attn_implementation_internal = ROUTE_NAME
@@ -58,10 +59,12 @@ def route_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 def original_config(module: nn.Module) -> PreTrainedConfig:
     """Return the config that an attention module shares with its model, routed or not."""
-    config: PreTrainedConfig = module.config
-    while (original := _get_own(config, "prefix_plus_original")) is not None:
-        config = original
-    return config
+    return _find_original(module.config)
+
+
+def _find_original(config: PreTrainedConfig) -> PreTrainedConfig:
+    original: PreTrainedConfig | None = _get_own(config, "prefix_plus_original")
+    return config if original is None else original
 
 
 def read_implementation(module: nn.Module) -> str:
