@@ -102,10 +102,7 @@ def plan_injection(config: PrefixPlusConfig, model: PreTrainedModel) -> Injectio
         config = dataclasses.replace(config, target_modules=name_targets(model, chosen))
     lengths = _resolve_lengths(config, model, modules)
     _check_implementations(modules, lengths)
-    for length in lengths.values():
-        config.check_frozen_tokens(length)
-    if config.initializes_from_tokens and not config.prefix_is_initialized:
-        _check_positions(model, max(lengths.values()))
+    _check_lengths(config, model, lengths)
     geometries = {name: read_geometry(modules[name]) for name in lengths}
     if is_on_disk(model):
         # PEFT takes the hooks off while it loads an adapter, and then nothing tells where a module computes.
@@ -268,6 +265,29 @@ def _resolve_lengths(
             f"`num_virtual_tokens_pattern` {config.num_virtual_tokens_pattern!r} leave none of {_abbreviate(modules)}."
         )
     return lengths
+
+
+def _check_lengths(config: PrefixPlusConfig, model: PreTrainedModel, lengths: dict[str, int]) -> None:
+    for length in lengths.values():
+        config.check_frozen_tokens(length)
+    longest = max(lengths.values())
+    # What warned when the adapter was made need not warn whenever it is loaded.
+    if config.prefix_is_initialized:
+        return
+    if config.initializes_from_tokens:
+        _check_positions(model, longest)
+    if config.prefix_dropout and config.prefix_dropout_mode == "token" and longest == 1:
+        warnings.warn(
+            f"`prefix_dropout={config.prefix_dropout}` has no effect: it hides whole virtual tokens, but never all of "
+            "them, and the prefix has a single one. Use `prefix_dropout_mode='element'`, or a longer prefix.",
+            stacklevel=2,
+        )
+    for name in ("tokenizer_name_or_path", "tokenizer_kwargs"):
+        if config.prefix_init != "text" and getattr(config, name):
+            warnings.warn(
+                f"`{name}` has no effect: it is for `prefix_init_text`, but `prefix_init` is {config.prefix_init!r}.",
+                stacklevel=2,
+            )
 
 
 def _check_positions(model: PreTrainedModel, length: int) -> None:

@@ -1,5 +1,7 @@
 """Which modules get a prefix, and what is refused before a model is touched."""
 
+import warnings
+
 import pytest
 import torch
 from helpers import INIT_TOKEN_IDS, Snapshot, add_prefix, list_lengths, named_prefix_parameters, perturb, run
@@ -172,6 +174,31 @@ def test_default_targets_are_what_a_forward_over_text_reaches():
         names = [name for name, module in model.named_modules() if isinstance(module, PrefixPlusLayer)]
         assert {name.rpartition(".")[2] for name in names} == endings
         assert len(names) == len(find_attention_modules(model)), "no module is left out"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_virtual_tokens": 1, "prefix_dropout": 0.2}, "`prefix_dropout=0.2` has no effect.*a single one"),
+        ({"tokenizer_kwargs": {"use_fast": True}}, "`tokenizer_kwargs` has no effect.*`prefix_init` is 'vocab'"),
+        ({"tokenizer_name_or_path": "somewhere"}, "`tokenizer_name_or_path` has no effect"),
+    ],
+)
+def test_fields_without_effect_warn_when_the_adapter_is_made(fields, message, tmp_path):
+    with pytest.warns(UserWarning, match=message):
+        model = get_peft_model(build_model("llama"), PrefixPlusConfig(task_type="CAUSAL_LM", **fields))
+    model.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=message)
+        PeftModel.from_pretrained(build_model("llama"), tmp_path)
+
+
+@pytest.mark.parametrize("fields", [{"num_virtual_tokens": 2}, {"prefix_dropout_mode": "element"}], ids=str)
+def test_dropout_that_can_act_does_not_warn(fields):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*has no effect")
+        config = PrefixPlusConfig(**({"num_virtual_tokens": 1, "prefix_dropout": 0.2} | fields))
+        inject_adapter_in_model(config, build_model("llama"))
 
 
 def test_a_pattern_without_effect_warns_and_a_layer_that_is_not_there_raises():
