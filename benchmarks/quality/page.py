@@ -38,12 +38,12 @@ little better still, because what its defaults are was found out on `dev` of E2E
 SUMMARY = """## Summary
 
 The PrefixPlus method with the least loss on `dev` beside rivals that train at most a quarter more parameters: LoRA,
-and of PEFT's own prefix methods the one with the least loss on `dev`. Differences have intervals of 95 % by bootstrap
-over records and seeds, bold where they exclude zero; a negative difference of the loss is in favour of PrefixPlus, as
-is a positive one of the score. "13 wide" starts from two training examples and an instruction. "Instructed" reads the
-instruction in front of each input; plain LoRA shows what the instruction does. Which part of a difference is due to
-the examples, methods that have them, too, would show ("prompted", "from examples"), where they have been run. All
-methods, and what they cost, are below.
+and the one with the least loss on `dev` of PEFT's own prefix methods, and of IA3, P-tuning and prompt tuning.
+Differences have intervals of 95 % by bootstrap over records and seeds, bold where they exclude zero; a negative
+difference of the loss is in favour of PrefixPlus, as is a positive one of the score. "13 wide" starts from two
+training examples and an instruction. "Instructed" reads the instruction in front of each input; plain LoRA shows what
+the instruction does. Which part of a difference is due to the examples, methods that have them, too, would show
+("prompted", "from examples"), where they have been run. All methods, and what they cost, are below.
 """
 NO_RESULTS = """
 There are no results yet. `make bench-quality DATA=directory` runs a short experiment and writes this page.

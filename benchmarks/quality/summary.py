@@ -10,7 +10,8 @@ from benchmarks.quality.tables import summarize, write_difference, write_table
 
 PREFIX_PLUS = ("PREFIX_PLUS",)
 LORA = ("LORA",)
-NATIVE = ("CARTRIDGE", "PREFIX_TUNING")
+# Of each family the best method is shown: PEFT's own prefixes, and what else is small.
+FAMILIES = (("CARTRIDGE", "PREFIX_TUNING"), ("IA3", "P_TUNING", "PROMPT_TUNING"))
 # How many parameters a rival of the same size may train, relative to PrefixPlus.
 SIZE = 1.25
 # What a table shows beside the loss: the first of these that a task has.
@@ -25,7 +26,7 @@ def build_summary(reports: dict[str, dict[str, Any]]) -> list[str]:
 
     Returns:
         `list[str]`: for each set that had no part in any choice (or else for `dev`) the PrefixPlus method with the
-        least loss on `dev`, LoRA, and that of PEFT's own prefix methods; empty without a rival.
+        least loss on `dev`, LoRA, and that of each family; empty without a rival.
     """
     rows = [row for report in reports.values() for row in _summarize_experiment(report)]
     titles = ["data", "method", "parameters", "loss", "score", "PrefixPlus minus it: loss", "score"]
@@ -38,8 +39,8 @@ def _summarize_experiment(report: dict[str, Any]) -> list[list[str]]:
     if best is None:
         return []
     similar = [own for own in results if own.num_parameters <= SIZE * best.num_parameters]
-    native = find_best(similar, NATIVE)
-    rivals = [own for own in similar if own.peft_type in LORA] + ([] if native is None else [native])
+    rivals = [own for own in similar if own.peft_type in LORA]
+    rivals += [own for own in (find_best(similar, family) for family in FAMILIES) if own is not None]
     if not rivals:
         return []
     evaluations = [name for name in best.evaluations if name != DEV] or [DEV]
