@@ -99,6 +99,30 @@ def test_costs_are_ratios_to_the_first_lora_that_has_them_all():
     assert "| a | 8 | 1 | – | – |" in table and "| c | 8 | 1 | 1.50 | 1.00 |" in table
 
 
+def test_the_summary_has_every_lora_and_the_best_of_each_family_unless_it_is_larger():
+    records = {"loss": [1.0, 2.0], "tokens": [1, 1], "label": [0, 1], "predicted": [0, 1]}
+    methods = {
+        "worse prefix": ("PREFIX_PLUS", 1.1, 10),
+        "prefix": ("PREFIX_PLUS", 1.0, 100),
+        "lora": ("LORA", 2.0, 100),
+        "other lora": ("LORA", 1.9, 125),
+        "large lora": ("LORA", 0.9, 126),
+        "cartridge": ("CARTRIDGE", 1.5, 100),
+        "peft prefix": ("PREFIX_TUNING", 1.4, 100),
+        "ia3": ("IA3", 0.8, 5),
+        "prompt": ("PROMPT_TUNING", 1.3, 5),
+        "full": ("FULL", 0.5, 50),
+    }
+    experiment = make_experiment(*methods)
+    runs = []
+    for name, (peft_type, loss, size) in methods.items():
+        experiment["methods"][name]["peft_type"] = peft_type
+        runs.append(make_run(name, peft_type=peft_type, trainable_parameters=size))
+        runs[-1] |= {"scores": {"dev": {"loss": loss, "accuracy": 50.0}}, "records": {"dev": records}}
+    rows = [line.split(" | ")[1] for line in build_summary({"e": {"experiment": experiment, "runs": runs}})[2:]]
+    assert rows == ["prefix", "lora", "other lora", "peft prefix", "ia3"]
+
+
 def make_run(method="a", rate=0.1, seed=0, loss=1.0, **fields):
     return {"method": method, "learning_rate": rate, "seed": seed, "diverged": False} | {
         "peft_type": "LORA",
