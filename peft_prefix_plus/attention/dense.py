@@ -66,17 +66,16 @@ def attend_sdpa(
     # What lies in one piece needs the kernel for parts with masks and in half precision only.
     if prefix.joined is not None and not is_causal and attention_mask is None and query.dtype == torch.float32:
         return attend_eager(attend, module, query, key, value, None, prefix, *args, **kwargs)
+    if is_causal and key.shape[-2] > query.shape[-2]:
+        # An empty static cache hands over more keys than queries; sdpa drops the surplus, and so do we.
+        key, value = key[:, :, : query.shape[-2]], value[:, :, : query.shape[-2]]
     if not args and can_merge(attend, query, key, value, attention_mask, prefix, kwargs):
-        if is_causal:
-            key, value = key[:, :, : query.shape[-2]], value[:, :, : query.shape[-2]]
         scaling = kwargs.get("scaling")
         return attend_by_parts(query, key, value, attention_mask, prefix, is_causal, scaling), None
     if not is_causal:
         return attend_eager(attend, module, query, key, value, attention_mask, prefix, *args, **kwargs)
     # The flag aligns queries and keys at the top left.
     num_queries, num_virtual_tokens = query.shape[-2], prefix.num_virtual_tokens
-    # An empty static cache hands over more keys than queries; sdpa drops the surplus, and so do we.
-    key, value = key[:, :, :num_queries], value[:, :, :num_queries]
     if kwargs.get("position_bias") is not None or prefix.mask is not None:
         if kwargs.get("position_bias") is not None:
             kwargs["position_bias"] = kwargs["position_bias"][..., :num_queries]

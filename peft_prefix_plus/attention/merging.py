@@ -135,7 +135,8 @@ class _Merged(NamedTuple):
 
     def to(self, dtype: torch.dtype) -> "_Merged":
         """In another dtype; the log-sum-exp has the kernel's own."""
-        return _Merged(self.gradient.to(dtype), self.query.to(dtype), self.output.to(dtype), self.weight)
+        gradient, query, output = (_cast(item, dtype) for item in self[:3])
+        return _Merged(gradient, query, output, self.weight)
 
 
 class _Part(NamedTuple):
@@ -166,7 +167,7 @@ class _Part(NamedTuple):
 
     def to(self, dtype: torch.dtype) -> "_Part":
         """In another dtype; the mask follows the queries."""
-        return self._replace(keys=self.keys.to(dtype), values=self.values.to(dtype))
+        return _Part(_cast(self.keys, dtype), _cast(self.values, dtype), self.mask, self.is_causal)
 
     def _is_shared_by_rows_of(self, query: Tensor) -> bool:
         """Whether all rows see the same keys, as if their queries were those of a single row."""
@@ -183,7 +184,9 @@ class _Part(NamedTuple):
         of_query, *of_states = _differentiate_on_cpu(
             gradient, query, keys, values, output, weight, 0.0, self.is_causal, attn_mask=mask, scale=scaling
         )
-        of_keys, of_values = (item.sum_to_size(self.keys.shape) for item in of_states)
+        if self.keys.shape[0] < query.shape[0]:
+            of_states = [item.sum(0, keepdim=True) for item in of_states]
+        of_keys, of_values = of_states
         return of_query, of_keys, of_values
 
     def _fit(self, query: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -191,12 +194,15 @@ class _Part(NamedTuple):
 
         The mask has the smallest number for what is hidden: where all is, the other part takes everything.
         """
-        batch, smallest, mask = query.shape[0], torch.finfo(query.dtype).min, self.mask
-        if mask is not None and mask.dtype == torch.bool:
-            mask = torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(~mask, smallest)
-        elif mask is not None:
-            mask = mask.to(query.dtype).clamp(min=smallest)
-        return self.keys.expand(batch, -1, -1, -1), self.values.expand(batch, -1, -1, -1), mask
+        batch, (keys, values, mask, _) = query.shape[0], self
+        if keys.shape[0] < batch:
+            keys, values = keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1)
+        if mask is None:
+            return keys, values, None
+        smallest = torch.finfo(query.dtype).min
+        if mask.dtype == torch.bool:
+            return keys, values, torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(~mask, smallest)
+        return keys, values, mask.to(query.dtype).clamp(min=smallest)
 
 
 class _AttentionByParts(torch.autograd.Function):
@@ -231,7 +237,7 @@ class _AttentionByParts(torch.autograd.Function):
             of_token_query, *of_states = tokens.differentiate(merged, scaling)
             of_tokens = (of_query.add_(of_token_query), *of_states)
         given = zip((*of_tokens, *of_prefix), inputs, strict=True)
-        of_inputs = [None if item is None else item.to(own.dtype) for item, own in given]
+        of_inputs = [None if item is None else _cast(item, own.dtype) for item, own in given]
         return None, *of_inputs[:3], None, None, *of_inputs[3:], None, None
 
 
@@ -277,4 +283,10 @@ def _part_rows(states: Tensor, batch: int) -> Tensor:
 
 def _merge(output: Tensor, weight: Tensor, prefix_output: Tensor, prefix_weight: Tensor) -> Tensor:
     share = torch.sigmoid(weight - prefix_weight)[..., None]
-    return torch.lerp(prefix_output.to(share.dtype), output.to(share.dtype), share).to(output.dtype)
+    merged = torch.lerp(_cast(prefix_output, share.dtype), _cast(output, share.dtype), share)
+    return _cast(merged, output.dtype)
+
+
+def _cast(states: Tensor, dtype: torch.dtype) -> Tensor:
+    """In another dtype; `Tensor.to` takes six times as long to find out that there is nothing to do."""
+    return states if states.dtype == dtype else states.to(dtype)

@@ -42,7 +42,7 @@ class LinearPrefix(PrefixEncoder):
         )
         # [tokens, heads * (key_dim + value_dim)] -> [heads, tokens, key_dim + value_dim]
         per_head = projected.view(-1, heads, key_dim + value_dim).transpose(0, 1)
-        keys, values = torch.split(per_head, [key_dim, value_dim], dim=-1)
+        keys, values = torch.split_with_sizes(per_head, [key_dim, value_dim], dim=-1)
         return keys, values
 
     def compute_features(self) -> Tensor:
