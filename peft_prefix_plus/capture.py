@@ -25,7 +25,7 @@ from .architectures import (
     uses_absolute_positions,
 )
 from .attention import record_states
-from .layer import PrefixPlusLayerBase
+from .layer import PrefixPlusLayerBase, list_layers
 from .states import PrefixStates
 
 
@@ -177,7 +177,7 @@ def _check_room(model: PreTrainedModel, num_tokens: int) -> None:
 def _bare_evaluation(model: nn.Module) -> Iterator[None]:
     """Switch every module to evaluation and every prefix off, and back."""
     modes = {module: module.training for module in model.modules()}
-    layers = [module for module in model.modules() if isinstance(module, PrefixPlusLayerBase)]
+    layers = list_layers(model, PrefixPlusLayerBase)
     disabled = [layer.disable_adapters for layer in layers]
     for module in modes:
         # In evaluation, bitsandbytes may repack the weights for inference, and then passes no gradients on any more.

@@ -13,7 +13,7 @@ from .architectures import find_token_embeddings
 from .config import PrefixPlusConfig
 from .encoders import build_encoder
 from .injection import InjectionPlan
-from .layer import PrefixPlusLayer, PrefixPlusLayerBase
+from .layer import PrefixPlusLayer, PrefixPlusLayerBase, list_layers
 from .removal import unwrap_layers
 from .token_rows import find_token_rows
 from .weights import (
@@ -209,7 +209,7 @@ def _find_bad_values(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
 
 def discard_uninitialized_adapter(model: PreTrainedModel, adapter_name: str) -> None:
     """Take an adapter that never got its weights out of a model, and the wrappers that are left without one."""
-    layers = [module for module in model.modules() if isinstance(module, PrefixPlusLayer)]
+    layers = list_layers(model, PrefixPlusLayer)
     encoders = [layer.get_encoder(adapter_name) for layer in layers if adapter_name in layer.list_adapters()]
     if any(encoder.initialized for encoder in encoders):
         return

@@ -22,7 +22,7 @@ from .config import PrefixPlusConfig
 from .encoders import PrefixEncoder, PrefixSlot, build_encoder
 from .folding import group_weights
 from .injection import InjectionPlan, plan_injection
-from .layer import PrefixPlusLayer
+from .layer import PrefixPlusLayer, list_layers
 from .positions import ShiftedPositionEmbedding, list_shifts
 from .weights import PEFT_PREFIX
 
@@ -68,7 +68,7 @@ def prepare_model_for_compiled_hotswap(
     ```
     """
     _check_not_compiled(model, check_compiled)
-    layers = [module for module in model.modules() if isinstance(module, PrefixPlusLayer)]
+    layers = list_layers(model, PrefixPlusLayer)
     encoders = [(layer, name, layer.get_encoder(name)) for layer in layers for name in layer.list_adapters()]
     if not encoders:
         raise ValueError("The model has no PrefixPlus adapter yet. Load the first one, then prepare the model.")
@@ -286,7 +286,7 @@ def _set_shifts(base: Any, adapter_name: str, swap: _Swap) -> None:
 
 def _wrap_tables(base: Any, adapter_name: str, names: Iterable[str]) -> None:
     """Wrap tables of positions that no adapter has needed so far."""
-    layers = [module for module in base.modules() if isinstance(module, PrefixPlusLayer)]
+    layers = list_layers(base, PrefixPlusLayer)
     for name in names:
         parent, table, table_name = _get_submodules(base, name)
         if not isinstance(table, ShiftedPositionEmbedding):

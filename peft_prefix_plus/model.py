@@ -30,7 +30,7 @@ from .config import PrefixPlusConfig
 from .dropout import PrefixDropout
 from .encoders import build_encoder
 from .injection import InjectionPlan, check_adapter_name, check_task_type, plan_injection
-from .layer import PrefixPlusLayer, PrefixPlusLayerBase
+from .layer import PrefixPlusLayer, PrefixPlusLayerBase, list_layers
 from .mixing import RowAdapters, check_adapter_names, name_rows
 from .offloading import check_loader, follow_offloading
 from .positions import ShiftedPositionEmbedding, align_positions, find_shifted_stacks, forget_adapter
@@ -160,7 +160,7 @@ class PrefixPlusModel(BaseTuner):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT would also copy the weight and bias that its own targets, linear maps, have.
         if isinstance(new_module, PrefixPlusLayerBase):
-            layers = (module for module in self.model.modules() if isinstance(module, PrefixPlusLayerBase))
+            layers = list_layers(self.model, PrefixPlusLayerBase)
             new_module._disable_adapters = any(layer.disable_adapters for layer in layers)
         setattr(parent, child_name, new_module)
 
@@ -182,9 +182,9 @@ class PrefixPlusModel(BaseTuner):
             if name not in self.peft_config:
                 raise ValueError(f"There is no adapter {name!r}; the model has {', '.join(self.peft_config)}.")
         for name in names:
-            for module in self.model.modules():
-                if isinstance(module, PrefixPlusLayer) and name in module.prefix_plus_encoder:
-                    module.fold(name)
+            for layer in list_layers(self.model, PrefixPlusLayer):
+                if name in layer.list_adapters():
+                    layer.fold(name)
             self.peft_config[name] = copy.copy(self.peft_config[name])
             self.peft_config[name].projection = "none"
             self.peft_config[name].remember_injected()
@@ -235,7 +235,7 @@ class PrefixPlusModel(BaseTuner):
             check_adapter_names(adapter_names, self.peft_config, self.training)
             rows = RowAdapters(adapter_names)
             rows.check_inputs(args, kwargs)
-        layers = [module for module in self.model.modules() if isinstance(module, PrefixPlusLayerBase)]
+        layers = list_layers(self.model, PrefixPlusLayerBase)
         with self._enter_call(rows):
             for layer in layers:
                 layer.begin_call(rows)

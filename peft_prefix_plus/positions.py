@@ -18,7 +18,7 @@ from .architectures import (
     uses_absolute_positions,
     uses_sectioned_rotary,
 )
-from .layer import PrefixPlusLayer, PrefixPlusLayerBase
+from .layer import PrefixPlusLayer, PrefixPlusLayerBase, list_layers
 
 # How arguments of a multimodal model begin that hold images or sound.
 MEDIA_ARGUMENTS = ("pixel_values", "image", "video", "audio", "input_features")
@@ -121,7 +121,7 @@ class PositionAligner:
         # Last, as the length of a static cache is a tensor, on which a compiled forward cannot decide.
         if self.has_coordinates and self._has_media_or_past(kwargs):
             return None
-        layers = (module for module in model.modules() if isinstance(module, PrefixPlusLayer))
+        layers = list_layers(model, PrefixPlusLayer)
         active = (layer for layer in layers if layer.list_effective_adapters())
         first = next(active, None)
         if first is None:
@@ -168,7 +168,7 @@ def align_positions(model: PreTrainedModel, adapter_name: str, num_virtual_token
         aligners = [PositionAligner(uses_absolute_positions(model), uses_sectioned_rotary(model))]
         stack.register_forward_pre_hook(aligners[0], with_kwargs=True)
     # transformers deletes adapters without telling the tuner.
-    layers = [module for module in model.modules() if isinstance(module, PrefixPlusLayer)]
+    layers = list_layers(model, PrefixPlusLayer)
     present = {name for layer in layers for name in layer.list_adapters()}
     aligners[0].shift = {name: shift for name, shift in aligners[0].shift.items() if name in present}
     aligners[0].shift[adapter_name] = num_virtual_tokens
