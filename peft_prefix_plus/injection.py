@@ -103,6 +103,8 @@ def plan_injection(config: PrefixPlusConfig, model: PreTrainedModel) -> Injectio
     lengths = _resolve_lengths(config, model, modules)
     _check_implementations(modules, lengths)
     _check_lengths(config, model, lengths)
+    if not config.prefix_is_initialized:
+        _warn_of_idle_fields(config, lengths)
     geometries = {name: read_geometry(modules[name]) for name in lengths}
     if is_on_disk(model):
         # PEFT takes the hooks off while it loads an adapter, and then nothing tells where a module computes.
@@ -270,13 +272,13 @@ def _resolve_lengths(
 def _check_lengths(config: PrefixPlusConfig, model: PreTrainedModel, lengths: dict[str, int]) -> None:
     for length in lengths.values():
         config.check_frozen_tokens(length)
-    longest = max(lengths.values())
-    # What warned when the adapter was made need not warn whenever it is loaded.
-    if config.prefix_is_initialized:
-        return
-    if config.initializes_from_tokens:
-        _check_positions(model, longest)
-    if config.prefix_dropout and config.prefix_dropout_mode == "token" and longest == 1:
+    if config.initializes_from_tokens and not config.prefix_is_initialized:
+        _check_positions(model, max(lengths.values()))
+
+
+def _warn_of_idle_fields(config: PrefixPlusConfig, lengths: dict[str, int]) -> None:
+    """Warn of what was set and has no effect; when an adapter is made, not whenever it is loaded."""
+    if config.prefix_dropout and config.prefix_dropout_mode == "token" and max(lengths.values()) == 1:
         warnings.warn(
             f"`prefix_dropout={config.prefix_dropout}` has no effect: it hides whole virtual tokens, but never all of "
             "them, and the prefix has a single one. Use `prefix_dropout_mode='element'`, or a longer prefix.",

@@ -121,7 +121,8 @@ class PositionAligner:
         # Last, as the length of a static cache is a tensor, on which a compiled forward cannot decide.
         if self.has_coordinates and self._has_media_or_past(kwargs):
             return None
-        layers = list_layers(model, PrefixPlusLayer)
+        # Every token asks, and the first layer answers.
+        layers = (module for module in model.modules() if isinstance(module, PrefixPlusLayer))
         active = (layer for layer in layers if layer.list_effective_adapters())
         first = next(active, None)
         if first is None:
