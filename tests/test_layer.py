@@ -12,6 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 from peft_prefix_plus import PrefixPlusConfig, PrefixPlusLayer
 from peft_prefix_plus.attention import ROUTE_NAME
+from peft_prefix_plus.layer import PrefixPlusLayerBase, list_layers
 
 
 def first_layer(model: PeftModel) -> PrefixPlusLayer:
@@ -28,6 +29,16 @@ def build_pair(**settings) -> PeftModel:
 
 def is_routed(layer: PrefixPlusLayer) -> bool:
     return layer.base_layer.config._attn_implementation == ROUTE_NAME
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_layers_are_listed_once_each_in_the_order_of_the_modules(name):
+    model = add_prefix(build_model(name))
+    model.register_module("nothing", None)
+    model.register_module("again", first_layer(model))
+    for layer_class in (PrefixPlusLayer, PrefixPlusLayerBase):
+        expected = [module for module in model.modules() if isinstance(module, layer_class)]
+        assert list_layers(model, layer_class) == expected
 
 
 def test_the_layer_answers_for_the_module_inside():
