@@ -12,7 +12,7 @@ from benchmarks.instructions import count_instructions
 from benchmarks.peak_memory import read_peak_memory, reset_peak_memory
 from benchmarks.performance.cases import count_saved_bytes, draw_ids, generate, measure_peak, truncate_layers
 from benchmarks.performance.measure import DTYPES, Measurement, list_missing, note_machine, read_report
-from benchmarks.performance.page import write_page
+from benchmarks.performance.page import describe_missing, write_page
 from benchmarks.performance.rivals import BARE, CONFIGS, PREFIX, build_rivals, share_weights
 from benchmarks.performance.rounds import subtract, summarize, time_rounds
 
@@ -33,13 +33,12 @@ def test_what_is_measured_makes_a_page(tmp_path):
     base = build_model("llama", max_position_embeddings=512)
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     measurement, results = Measurement(base, SETTING["rounds"]), {}
-    for kind, case in list_missing(SETTING, {}):
+    for kind, case in list_missing(SETTING, "float32", {}):
         results.setdefault(kind, []).append(measurement.measure(kind, case))
     assert list(measurement.models[PREFIX].peft_config) == ["default"]
-    assert list(list_missing(SETTING, results)) == []
-    assert list(list_missing(SETTING, results | {"steps": results["steps"][1:]})) == [
-        ("steps", {"batch": 2, "length": 8})
-    ]
+    assert list(list_missing(SETTING, "float32", results)) == []
+    unfinished = results | {"steps": results["steps"][1:]}
+    assert list(list_missing(SETTING, "float32", unfinished)) == [("steps", {"batch": 2, "length": 8})]
     assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
     assert set(results["steps"][0]["times"]) == {BARE, *CONFIGS}
     assert all(step["times"][BARE]["ratio"] == 1 for step in results["steps"])
@@ -54,7 +53,8 @@ def test_what_is_measured_makes_a_page(tmp_path):
     write_page({"short": report}, tmp_path)
     page = (tmp_path / "performance.md").read_text()
     assert "step, 2 x 8 tokens, checkpointing" in page
-    assert ("instructions, 2 x 8 tokens" in page) == (count_instructions(list) is not None)
+    counts = count_instructions(list) is not None
+    assert ("instructions, 2 x 8 tokens" in page) == ("instructions, step, 1 layers" in page) == counts
     assert "Not measured yet" not in page
     assert page.count("Measured on tiny chip, NONE.") == 1
     figures = ["performance_short.png", "performance_short_lengths.png"]
@@ -69,6 +69,18 @@ def test_what_is_measured_makes_a_page(tmp_path):
     assert "Nothing has been measured in float32 yet." in page
     assert "inference" not in page
     assert [path.name for path in (tmp_path / "other" / "images").iterdir()] == ["performance_full.png"]
+
+
+def test_a_setting_can_leave_out_what_is_too_large_for_a_dtype():
+    setting = SETTING | {"most_tokens": {"float32": 15}}
+    assert {kind for kind, _ in list_missing(setting, "bfloat16", {})} == set(SETTING["cases"])
+    left_out = set(SETTING["cases"]) - {kind for kind, _ in list_missing(setting, "float32", {})}
+    assert left_out == {"steps", "generation"}
+    report = {"setting": setting, "dtypes": {"float32": {"lengths": [{"case": {"num_virtual_tokens": 1}}]}}}
+    most, missing, nothing = describe_missing(report)[::2]
+    assert most.startswith("In float32, cases of more than 15 tokens are left out")
+    assert missing == "Not measured yet in float32: 1 of 1 depths, 1 of 1 adapters, 1 of 1 mixed batches."
+    assert nothing == "Nothing has been measured in bfloat16 yet."
 
 
 def test_an_interrupted_measurement_goes_on_with_its_file(tmp_path):

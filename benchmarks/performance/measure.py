@@ -9,6 +9,7 @@ it is measured; with `--resume`, an interrupted measurement goes on with what is
 
 import argparse
 import json
+import math
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -22,6 +23,7 @@ from transformers import PreTrainedModel
 from benchmarks.environment import describe_machine, list_versions
 from benchmarks.instructions import count_instructions
 from benchmarks.performance.cases import (
+    Run,
     build_loading,
     build_mixed_batch,
     build_runs,
@@ -48,9 +50,10 @@ from peft_prefix_plus.base_models import choose_fast_dtype, load_base_model
 Case = dict[str, Any]
 # By kind, the cases; what they hold are arguments of the methods of `Measurement`.
 SETTINGS: dict[str, dict[str, Any]] = {
-    # About 14 minutes on two cores.
+    # At most 15 minutes on two cores.
     "short": {
         "rounds": 5,
+        "budget": 30,
         "cases": {
             "steps": [{"batch": 4, "length": 96}, {"batch": 4, "length": 96, "checkpointing": True}],
             "generation": [{"batch": 4, "context": 256, "new": 33}, {"batch": 1, "context": 64, "new": 33}],
@@ -62,6 +65,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "rounds": 9,
         # Seconds after which a case begins no further round.
         "budget": 60,
+        # By dtype, the tokens of the largest case; what is larger would take hours.
+        "most_tokens": {"float32": 4096},
         "cases": {
             "lengths": [{"num_virtual_tokens": length} for length in (1, 4, 16, 64, 150, 256)],
             "depths": [{"depth": depth} for depth in (6, 12, 18, 24, 30)],
@@ -119,7 +124,7 @@ class Measurement:
             del models[NATIVE]
         runs = build_runs(models, train_step, **step)
         times = summarize(self._time(runs), BARE)
-        instructions = {name: count_instructions(run) for name, run in runs.items()}
+        instructions = count_each(runs)
         saved = {name: count_saved_bytes(models[name], run) for name, run in runs.items()}
         peaks = {name: measure_peak(run) for name, run in runs.items()}
         return {"times": times, "instructions": instructions, "saved_bytes": saved, "peak_bytes": peaks}
@@ -133,22 +138,25 @@ class Measurement:
         # Without those of the round that does not count.
         first = {name: own[1:] for name, own in first.items()}
         parts = {"times": whole, "prefill": first, "decoding": subtract(whole, first)}
-        instructions = {name: count_instructions(run) for name, run in runs.items()}
+        instructions = count_each(runs)
         return {name: summarize(seconds, BARE) for name, seconds in parts.items()} | {"instructions": instructions}
 
     def measure_length(self, num_virtual_tokens: int) -> Case:
-        """A step and a generation with prefixes of one length."""
+        """A step and a generation with prefixes of one length, and the instructions of both."""
         return self._measure_both(build_rivals(self.base, (BARE, PACKAGE, LORA, NATIVE), num_virtual_tokens))
 
     def measure_depth(self, depth: int) -> Case:
-        """A step and a generation with the first layers of the model."""
+        """A step and a generation with the first layers of the model, and the instructions of both."""
         base = truncate_layers(share_weights(self.base), depth)
         return self._measure_both(build_rivals(base, (BARE, PACKAGE, LORA)))
 
     def _measure_both(self, models: dict[str, nn.Module]) -> Case:
-        step = self._time(build_runs(models, train_step, **STEP))
-        generation = self._time(build_runs(models, generate, **GENERATION))
-        return {"step": summarize(step, BARE), "generation": summarize(generation, BARE)}
+        parts = {
+            "step": build_runs(models, train_step, **STEP),
+            "generation": build_runs(models, generate, **GENERATION),
+        }
+        times = {part: summarize(self._time(runs), BARE) for part, runs in parts.items()}
+        return times | {"instructions": {part: count_each(runs) for part, runs in parts.items()}}
 
     def measure_adapters(self) -> Case:
         """Seconds to load one more adapter and delete it, and to make another one the active one, 20 times."""
@@ -184,14 +192,25 @@ class Measurement:
         return {"times": times}
 
 
+def count_each(runs: dict[str, Run]) -> dict[str, int | None]:
+    """The instructions of each run; `None` where they cannot be counted."""
+    return {name: count_instructions(run) for name, run in runs.items()}
+
+
 def count_tokens(case: Case) -> int:
     """How many tokens a case reads; 0, if that is not what its time depends on."""
     return int(case.get("batch", 0) * case.get("length", case.get("context", 0)))
 
 
-def list_missing(setting: dict[str, Any], results: dict[str, list[Case]]) -> Iterator[tuple[str, Case]]:
-    """The kinds and the cases of a setting that have not been measured, in their order."""
-    for kind, cases in setting["cases"].items():
+def list_cases(setting: dict[str, Any], dtype: str) -> dict[str, list[Case]]:
+    """By their kind, the cases of a setting that are measured in a dtype."""
+    most = setting.get("most_tokens", {}).get(dtype, math.inf)
+    return {kind: [case for case in cases if count_tokens(case) <= most] for kind, cases in setting["cases"].items()}
+
+
+def list_missing(setting: dict[str, Any], dtype: str, results: dict[str, list[Case]]) -> Iterator[tuple[str, Case]]:
+    """The kinds and the cases of a setting that have not been measured in a dtype, in their order."""
+    for kind, cases in list_cases(setting, dtype).items():
         measured = [result["case"] for result in results.get(kind, [])]
         yield from ((kind, case) for case in cases if case not in measured)
 
@@ -255,7 +274,7 @@ def main() -> None:
     report = read_report(arguments.output, head) if resumes else head | {"dtypes": {}}
     for dtype in arguments.dtypes:
         results: dict[str, list[Case]] = report["dtypes"].setdefault(dtype, {})
-        missing = [(kind, case) for kind, case in list_missing(setting, results) if kind in arguments.kinds]
+        missing = [(kind, case) for kind, case in list_missing(setting, dtype, results) if kind in arguments.kinds]
         # What takes longest comes last.
         missing.sort(key=lambda kind_and_case: count_tokens(kind_and_case[1]))
         if not missing:

@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from benchmarks.performance.measure import DTYPES, list_missing
+from benchmarks.performance.measure import DTYPES, list_cases, list_missing
 from benchmarks.performance.rivals import BARE, LORA, NATIVE, PACKAGE, PREFIX
 from benchmarks.performance.rounds import LEAST_ROUNDS
 
@@ -118,7 +118,10 @@ def list_series(results: Iterable[dict[str, Any]]) -> dict[str, Row]:
     for result in results:
         (name, value), *_ = result["case"].items()
         for part in ("step", "generation"):
-            rows[f"{part}, {value} {QUANTITIES[name]}"] = write_ratios(result[part])
+            case = f"{part}, {value} {QUANTITIES[name]}"
+            rows[case] = write_ratios(result[part])
+            if cells := write_counts(result.get("instructions", {}).get(part, {})):
+                rows[f"instructions, {case}"] = cells
     return rows
 
 
@@ -172,17 +175,18 @@ def describe_rounds(setting: dict[str, Any]) -> str:
 
 
 def describe_missing(report: dict[str, Any]) -> list[str]:
-    """What an interrupted measurement has yet to measure."""
+    """What is not measured in a dtype, and what an interrupted measurement has yet to measure."""
     lines = []
+    for dtype, most in report["setting"].get("most_tokens", {}).items():
+        lines += [f"In {dtype}, cases of more than {most:,} tokens are left out: they would take hours.", ""]
     for dtype in DTYPES:
         results = report["dtypes"].get(dtype, {})
-        left = Counter(kind for kind, _ in list_missing(report["setting"], results))
+        cases = list_cases(report["setting"], dtype)
+        left = Counter(kind for kind, _ in list_missing(report["setting"], dtype, results))
         if not results:
             lines += [f"Nothing has been measured in {dtype} yet.", ""]
         elif left:
-            counts = ", ".join(
-                f"{count} of {len(report['setting']['cases'][kind])} {kind}" for kind, count in left.items()
-            )
+            counts = ", ".join(f"{count} of {len(cases[kind])} {kind}" for kind, count in left.items())
             lines += [f"Not measured yet in {dtype}: {counts}.".replace("_", " "), ""]
     return lines
 
