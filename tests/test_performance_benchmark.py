@@ -54,7 +54,7 @@ def test_what_is_measured_makes_a_page(tmp_path):
     page = (tmp_path / "performance.md").read_text()
     assert "step, 2 x 8 tokens, checkpointing" in page
     counts = count_instructions(list) is not None
-    assert ("instructions, 2 x 8 tokens" in page) == ("instructions, step, 1 layers" in page) == counts
+    assert ("instructions, 2 x 8 tokens" in page) == ("instructions, step, 1 layer" in page) == counts
     assert "Not measured yet" not in page
     assert page.count("Measured on tiny chip, NONE.") == 1
     figures = ["performance_short.png", "performance_short_lengths.png"]

@@ -273,7 +273,7 @@ def test_the_chosen_run_is_the_same_with_and_without_its_kept_parameters(small_e
     (results / "small.json").write_text(json.dumps(report))
     Benchmark(path, path.parent, results).run(["prefix"])
     again = json.loads((results / "small.json").read_text())["runs"]
-    for first, second in zip(at_once[1:], again[1:], strict=True):
+    for first, second in zip(at_once[:-1], again[:-1], strict=True):
         assert first["scores"] == second["scores"] and first["train_cpu_seconds"] == second["train_cpu_seconds"]
 
 
@@ -343,7 +343,7 @@ def test_every_method_classifies(tmp_path):
     benchmark.run()
     assert all(torch.equal(tensor, state[key]) for key, tensor in benchmark.task.model.state_dict().items())
     runs = benchmark.results.runs
-    assert [run["method"] for run in runs] == [BASE_MODEL, *CLASSIFIERS]
+    assert [run["method"] for run in runs] == [*CLASSIFIERS, BASE_MODEL]
     head = 16 * 2 + 2
     counts = {run["method"]: run["trainable_parameters"] for run in runs}
     assert counts["head"] == head and all(

@@ -51,7 +51,7 @@ gradient of up to 256 queries is computed in float32, where that is faster. All 
 - **Generation** is greedy, with 33 new tokens. Prefill is the time to the first of them, decoding that of the others.
 """
 
-QUANTITIES = {"num_virtual_tokens": "virtual tokens", "depth": "layers"}
+QUANTITIES = {"num_virtual_tokens": "virtual token", "depth": "layer"}
 Row = dict[str, str]
 
 
@@ -118,7 +118,7 @@ def list_series(results: Iterable[dict[str, Any]]) -> dict[str, Row]:
     for result in results:
         (name, value), *_ = result["case"].items()
         for part in ("step", "generation"):
-            case = f"{part}, {value} {QUANTITIES[name]}"
+            case = f"{part}, {value} {QUANTITIES[name]}{'' if value == 1 else 's'}"
             rows[case] = write_ratios(result[part])
             if cells := write_counts(result.get("instructions", {}).get(part, {})):
                 rows[f"instructions, {case}"] = cells

@@ -42,10 +42,11 @@ class Benchmark:
         unknown = sorted(set(names or ()) - set(self.experiment["methods"]))
         if unknown:
             raise ValueError(f"The experiment has no methods {unknown}; it has {list(self.experiment['methods'])}.")
-        self._measure_base_model()
         for name in names or self.experiment["methods"]:
             with tempfile.TemporaryDirectory() as directory:
                 self._run_method(name, Path(directory))
+        # Last, as processes that start together would all measure it.
+        self._measure_base_model()
 
     def _run_method(self, name: str, directory: Path) -> None:
         """Choose the rate by the set `dev` alone; the other sets are for the chosen rate only."""
