@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from .config import PrefixPlusConfig
 from .encoders import DirectPrefix, PrefixEncoder
-from .injection import check_adapter_name, name_targets, plan_injection
+from .injection import check_adapter_name, plan_injection
 from .layer import PrefixPlusLayer
 from .positions import list_shifts
 from .states import PrefixStates, concatenate_states
+from .targets import name_targets
 
 COMBINATION_TYPES = ("linear", "cat")
 

@@ -1,21 +1,17 @@
 """Everything that is decided about an adapter before the first module of a model is replaced."""
 
 import dataclasses
-import re
 import warnings
 from collections.abc import Iterable, Mapping
 
 import torch
 from peft import TaskType
-from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
-from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations import is_fsdp_enabled
 
 from .architectures import (
     AttentionGeometry,
-    belongs_to_text,
     creates_empty_parameters,
     explain_missing_attention,
     find_attention_modules,
@@ -26,12 +22,11 @@ from .architectures import (
     is_on_disk,
     read_geometry,
     read_position_limit,
-    runs_without_gradients,
     takes_argument,
     uses_attention_interface,
 )
 from .attention import find_mask_contract, original_config
-from .config import PrefixPlusConfig, match_module_pattern
+from .config import PrefixPlusConfig
 from .initialization import (
     InitialStates,
     build_initial_states,
@@ -41,6 +36,7 @@ from .initialization import (
 )
 from .layer import PrefixPlusLayer
 from .states import PrefixStates
+from .targets import choose_targets, name_targets, resolve_lengths
 from .token_rows import find_token_rows
 
 
@@ -92,23 +88,18 @@ def plan_injection(config: PrefixPlusConfig, model: PreTrainedModel) -> Injectio
     config = dataclasses.replace(config, num_virtual_tokens=resolve_prefix_length(config, init_token_ids))
     captured: dict[str, PrefixStates] = {}
     if config.target_modules is None:
-        chosen = _choose_targets(model, modules)
-        _check_implementations(modules, chosen)
+        targets = choose_targets(model, modules)
+        _check_implementations(modules, targets)
         if not is_filled_later:
-            captured = capture_states(config, model, chosen, config.max_num_virtual_tokens, init_token_ids)
-            if takes_argument(model, "input_ids"):
-                # Others take no part in a forward over text, such as what reads images.
-                chosen = [name for name in chosen if name in captured] or chosen
-        config = dataclasses.replace(config, target_modules=name_targets(model, chosen))
-    lengths = _resolve_lengths(config, model, modules)
+            captured = capture_states(config, model, targets, config.max_num_virtual_tokens, init_token_ids)
+            targets = _leave_out_idle(targets, captured, model)
+        config = dataclasses.replace(config, target_modules=name_targets(model, targets))
+    lengths = resolve_lengths(config, model, modules)
     _check_implementations(modules, lengths)
     _check_lengths(config, model, lengths)
     if not config.prefix_is_initialized:
         _warn_of_idle_fields(config, lengths)
-    geometries = {name: read_geometry(modules[name]) for name in lengths}
-    if is_on_disk(model):
-        # PEFT takes the hooks off while it loads an adapter, and then nothing tells where a module computes.
-        geometries = {name: _leave_meta(geometry) for name, geometry in geometries.items()}
+    geometries = _read_geometries(model, modules, lengths)
     initial_states: dict[str, InitialStates] = {}
     if not is_filled_later:
         if not captured:
@@ -186,6 +177,23 @@ def _check_loading() -> None:
         )
 
 
+def _leave_out_idle(targets: list[str], captured: Mapping[str, PrefixStates], model: PreTrainedModel) -> list[str]:
+    """The modules that take part in a forward over text, unlike what reads images; all of a model without text."""
+    if not takes_argument(model, "input_ids"):
+        return targets
+    return [name for name in targets if name in captured] or targets
+
+
+def _read_geometries(
+    model: PreTrainedModel, modules: Mapping[str, nn.Module], names: Iterable[str]
+) -> dict[str, AttentionGeometry]:
+    geometries = {name: read_geometry(modules[name]) for name in names}
+    if not is_on_disk(model):
+        return geometries
+    # PEFT takes the hooks off while it loads an adapter, and then nothing tells where a module computes.
+    return {name: _leave_meta(geometry) for name, geometry in geometries.items()}
+
+
 def _leave_meta(geometry: AttentionGeometry) -> AttentionGeometry:
     device = torch.device("cpu") if geometry.device.type == "meta" else geometry.device
     return dataclasses.replace(geometry, device=device)
@@ -195,20 +203,6 @@ def _check_implementations(modules: Mapping[str, nn.Module], names: Iterable[str
     for name in names:
         if uses_attention_interface(modules[name]):
             find_mask_contract(original_config(modules[name])._attn_implementation)
-
-
-def _choose_targets(model: PreTrainedModel, modules: dict[str, nn.Module]) -> list[str]:
-    """The modules that get a prefix when the user names none."""
-    reads_text = takes_argument(model, "input_ids")
-    has_encoder = model.config.is_encoder_decoder
-    chosen = [
-        name
-        for name in modules
-        if (belongs_to_text(model, name) or not reads_text)
-        and (has_encoder or not is_cross_attention(name))
-        and not runs_without_gradients(name)
-    ]
-    return chosen or list(modules)
 
 
 def _find_position_shifts(model: PreTrainedModel, lengths: dict[str, int]) -> dict[str, int]:
@@ -224,49 +218,6 @@ def _find_position_shifts(model: PreTrainedModel, lengths: dict[str, int]) -> di
         if prefixes:
             shifts[table] = max(prefixes)
     return shifts
-
-
-def name_targets(model: PreTrainedModel, modules: list[str]) -> list[str]:
-    """Name all attention modules by their last names if those match nothing else, otherwise in full."""
-    endings = {name.rpartition(".")[2] for name in modules}
-    matched = {name for name in _list_module_names(model) if name.rpartition(".")[2] in endings}
-    return sorted(endings) if matched == set(modules) else sorted(modules)
-
-
-def _list_module_names(model: nn.Module) -> list[str]:
-    """Names of all modules but those inside of tuner layers, where adapters may be named as any module."""
-    inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
-    return [name for name, _ in model.named_modules() if name and not name.startswith(inside)]
-
-
-def _resolve_lengths(
-    config: PrefixPlusConfig, model: PreTrainedModel, modules: dict[str, nn.Module]
-) -> dict[str, int]:
-    """Prefix length of every targeted module that gets a prefix."""
-    targeted = [name for name in _list_module_names(model) if check_target_module_exists(config, name)]
-    others = [name for name in targeted if name not in modules]
-    if others:
-        raise ValueError(
-            f"`target_modules` {config.target_modules!r} matches {others[:3]}, which cannot carry a prefix. Prefixes "
-            f"go on attention modules, here: {_abbreviate(modules)}."
-        )
-    _check_layer_indices(config, modules)
-    unused = [pattern for pattern in config.num_virtual_tokens_pattern if not _matches_any(pattern, targeted)]
-    if unused:
-        warnings.warn(
-            f"`num_virtual_tokens_pattern` has {unused}, which match none of the targeted modules "
-            f"{_abbreviate(dict.fromkeys(targeted))} and have no effect.",
-            stacklevel=2,
-        )
-    lengths = {name: config.resolve_num_virtual_tokens(name) for name in targeted}
-    lengths = {name: length for name, length in lengths.items() if length}
-    if not lengths:
-        raise NoMatchingPeftModuleError(
-            f"No attention module gets a prefix: `target_modules` {config.target_modules!r}, `exclude_modules` "
-            f"{config.exclude_modules!r}, `layers_to_transform` {config.layers_to_transform!r} and "
-            f"`num_virtual_tokens_pattern` {config.num_virtual_tokens_pattern!r} leave none of {_abbreviate(modules)}."
-        )
-    return lengths
 
 
 def _check_lengths(config: PrefixPlusConfig, model: PreTrainedModel, lengths: dict[str, int]) -> None:
@@ -302,28 +253,6 @@ def _check_positions(model: PreTrainedModel, length: int) -> None:
             "prefix starts from.",
             stacklevel=2,
         )
-
-
-def _check_layer_indices(config: PrefixPlusConfig, modules: dict[str, nn.Module]) -> None:
-    indices = config.layers_to_transform
-    if indices is None:
-        return
-    layers = {int(match.group(1)) for match in (re.search(r"\.(\d+)\.", name) for name in modules) if match}
-    missing = sorted(set(indices if isinstance(indices, list) else [indices]) - layers)
-    if missing:
-        raise ValueError(
-            f"`layers_to_transform` names the layers {missing}, but the layers that can carry a prefix are "
-            f"{sorted(layers)}."
-        )
-
-
-def _matches_any(pattern: str, names: list[str]) -> bool:
-    return any(match_module_pattern(pattern, name) for name in names)
-
-
-def _abbreviate(modules: Mapping[str, object]) -> str:
-    names = list(modules)
-    return ", ".join(names) if len(names) <= 4 else f"{', '.join(names[:2])}, ..., {names[-1]}"
 
 
 def _check_geometries(geometries: dict[str, AttentionGeometry], states: dict[str, InitialStates]) -> None:

@@ -30,6 +30,7 @@ ORDER = [
     "capture",
     "initialization",
     "folding",
+    "targets",
     "injection",
     "combination",
     "checkpoints",
