@@ -4,12 +4,12 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 
 import torch
-from peft.utils import ModulesToSaveWrapper, _get_submodules
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .architectures import find_token_embeddings
+from .auxiliary import remove_auxiliary
 from .config import PrefixPlusConfig
 from .encoders import build_encoder
 from .injection import InjectionPlan
@@ -213,15 +213,11 @@ def discard_uninitialized_adapter(model: PreTrainedModel, adapter_name: str) -> 
     encoders = [layer.get_encoder(adapter_name) for layer in layers if adapter_name in layer.list_adapters()]
     if any(encoder.initialized for encoder in encoders):
         return
-    for name, module in list(model.named_modules()):
-        if isinstance(module, PrefixPlusLayerBase) and adapter_name in module.list_adapters():
-            module.delete_adapter(adapter_name)
-        elif isinstance(module, AuxiliaryTrainingWrapper) and adapter_name in module._get_available_adapters():
-            module.delete_adapter(adapter_name, new_active_adapters=None)
-            if not module._get_available_adapters():
-                parent, _, child_name = _get_submodules(model, name)
-                setattr(parent, child_name, module.original_module)
+    for layer in list_layers(model, PrefixPlusLayerBase):
+        if adapter_name in layer.list_adapters():
+            layer.delete_adapter(adapter_name)
     unwrap_layers(model, only_empty=True)
+    remove_auxiliary(model, {adapter_name})
     model.peft_config.pop(adapter_name, None)
     if not model.peft_config:
         for module in model.modules():

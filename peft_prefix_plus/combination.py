@@ -2,8 +2,9 @@
 
 import dataclasses
 import math
+import numbers
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -49,12 +50,14 @@ def add_weighted_adapter(
     Raises:
         ValueError: if the adapters cannot be combined in this way; the model is left as it is.
     """
+    weights = _read_weights(weights)
     _check_arguments(tuner, adapters, weights, adapter_name, combination_type)
     sources = [_read_source(tuner, name) for name in adapters]
     if combination_type == "linear":
         encoders = _combine_linearly(sources, [float(weight) for weight in weights or ()])
     else:
         encoders = _join(sources)
+    _check_finite(encoders, weights)
     config = _build_config(tuner.model, sources, encoders)
     _check_plan(tuner.model, config, encoders, sources, combination_type)
     tuner.peft_config[adapter_name] = config
@@ -95,6 +98,26 @@ def _check_arguments(
     if combination_type == "linear" and not (weights and all(math.isfinite(weight) for weight in weights)):
         raise ValueError(f"`weights` must be one finite number for each adapter, got {weights!r}.")
     _check_other_modules(tuner.model, adapters)
+
+
+def _read_weights(weights: Any) -> list[float] | None:
+    """The numbers in a list, an array or a tensor."""
+    if weights is None:
+        return None
+    values = weights.tolist() if hasattr(weights, "tolist") else weights
+    if not isinstance(values, list | tuple) or not all(
+        isinstance(value, numbers.Real) and not isinstance(value, bool) for value in values
+    ):
+        raise ValueError(f"`weights` must be a list of numbers, one for each adapter, got {weights!r:.200}.")
+    return list(values)
+
+
+def _check_finite(encoders: Mapping[str, PrefixEncoder], weights: Sequence[float] | None) -> None:
+    for name, encoder in encoders.items():
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in encoder.state_dict().values()):
+            raise ValueError(
+                f"With the weights {weights} the values in {name!r} would be too large. Use smaller ones."
+            )
 
 
 def _read_source(tuner: BaseTuner, adapter_name: str) -> _Source:
@@ -244,8 +267,8 @@ def _check_plan(
     if plan.lengths != wanted:
         raise ValueError(f"No configuration describes the modules of the combination: {plan.lengths} and {wanted}.")
     longest = max(plan.lengths.values()) if config.initializes_from_tokens else 0
-    for table, _, numbers in list_shifts(model):
-        shifts = [int(numbers.get(source.name, 0)) for source in sources]
+    for table, _, lengths in list_shifts(model):
+        shifts = [int(lengths.get(source.name, 0)) for source in sources]
         planned = longest if table is None else plan.position_shifts.get(table, 0)
         wanted_shifts = {sum(shifts)} if combination_type == "cat" else set(shifts)
         if wanted_shifts != {planned}:

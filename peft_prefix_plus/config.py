@@ -230,8 +230,8 @@ class PrefixPlusConfig(PeftConfig):
         rows = [tables] if isinstance(tables, list) else tables.values() if isinstance(tables, dict) else []
         if not (tables is None or rows) or not all(map(_is_list_of_tokens, rows)):
             raise ValueError(
-                "`trainable_token_indices` must be a list of token ids, or names of tables mapped to such lists, got "
-                f"{_show(tables)}."
+                "`trainable_token_indices` must be a list of token ids, at least one, or names of tables mapped to "
+                f"such lists, got {_show(tables)}."
             )
 
     def _check_layers(self) -> None:
@@ -261,7 +261,10 @@ class PrefixPlusConfig(PeftConfig):
         """Check what other libraries take from a configuration, so that a file cannot make them do what it likes."""
         for name in ("base_model_name_or_path", "revision", "peft_version", "tokenizer_name_or_path"):
             value = getattr(self, name)
-            if value is not None and not isinstance(value, str | os.PathLike):
+            if isinstance(value, os.PathLike):
+                # Saved configurations hold no paths.
+                setattr(self, name, os.fspath(value))
+            elif value is not None and not isinstance(value, str):
                 raise ValueError(f"`{name}` must be a string, got {_show(value)}.")
         mapping = self.auto_mapping
         if mapping is not None and not (
@@ -271,6 +274,10 @@ class PrefixPlusConfig(PeftConfig):
         kwargs = self.tokenizer_kwargs
         if kwargs is not None and not (isinstance(kwargs, dict) and all(isinstance(key, str) for key in kwargs)):
             raise ValueError(f"`tokenizer_kwargs` must be a dict of keyword arguments, got {_show(kwargs)}.")
+        try:
+            json.dumps(remove_secrets(kwargs))
+        except TypeError as error:
+            raise ValueError(f"`tokenizer_kwargs` cannot be saved as JSON ({error}), got {_show(kwargs)}.") from error
         if (kwargs or {}).get("trust_remote_code"):
             raise ValueError(
                 "`tokenizer_kwargs` has `trust_remote_code`, which would run code for everybody who uses this "
@@ -427,7 +434,7 @@ def _is_list_of_strings(value: object) -> bool:
 
 
 def _is_list_of_tokens(value: object) -> bool:
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+    return isinstance(value, list) and value != [] and all(type(item) is int and item >= 0 for item in value)
 
 
 def _show(value: object) -> str:

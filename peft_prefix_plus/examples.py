@@ -3,9 +3,10 @@
 import csv
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TextIO
 
 from transformers import PreTrainedTokenizerBase
 
@@ -72,8 +73,7 @@ def load_examples(
     Raises:
         ValueError: naming the file, the row and what it should hold, if a row cannot be used.
     """
-    if "{source}" not in prompt_template:
-        raise ValueError(f"The prompt template must contain '{{source}}', got {prompt_template!r}.")
+    check_template(prompt_template)
     rows = read_rows(path, split)
     examples: list[Example] = []
     for number, row in enumerate(rows, start=1):
@@ -86,6 +86,12 @@ def load_examples(
     if not examples:
         raise ValueError(f"{path} has no rows. Expected rows of one of: {'; '.join(ROW_FORMATS)}.")
     return examples
+
+
+def check_template(prompt_template: str) -> None:
+    """Raise a `ValueError` if a template has no place for what the prompt is about."""
+    if "{source}" not in prompt_template:
+        raise ValueError(f"The prompt template must contain '{{source}}', got {prompt_template!r}.")
 
 
 def read_rows(path: str, split: str = "train") -> Iterable[Mapping[str, Any]]:
@@ -103,8 +109,18 @@ def read_rows(path: str, split: str = "train") -> Iterable[Mapping[str, Any]]:
     return rows
 
 
+@contextmanager
+def _open_text(path: str) -> Iterator[TextIO]:
+    """Open a file in UTF-8, with or without the mark that spreadsheets put in front."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            yield file
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not in UTF-8 ({error}). Save it in that encoding.") from error
+
+
 def _read_json_lines(path: str) -> Iterable[Mapping[str, Any]]:
-    with open(path, encoding="utf-8") as file:
+    with _open_text(path) as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
@@ -120,7 +136,7 @@ def _read_json_lines(path: str) -> Iterable[Mapping[str, Any]]:
 
 
 def _read_csv(path: str) -> Iterable[Mapping[str, Any]]:
-    with open(path, encoding="utf-8", newline="") as file:
+    with _open_text(path) as file:
         for row in csv.DictReader(file):
             yield {key: value for key, value in row.items() if value is not None}
 

@@ -29,7 +29,7 @@ def fold_adapter(adapter_dir: str, output_dir: str) -> str:
     Raises:
         ValueError: if there is no complete adapter in `adapter_dir`, or both directories are the same.
     """
-    if os.path.abspath(adapter_dir) == os.path.abspath(output_dir):
+    if os.path.realpath(adapter_dir) == os.path.realpath(output_dir):
         raise ValueError(f"The folded adapter needs a directory of its own, got {output_dir!r} twice.")
     weights_path = os.path.join(adapter_dir, SAFETENSORS_WEIGHTS_NAME)
     for path in (os.path.join(adapter_dir, CONFIG_NAME), weights_path):

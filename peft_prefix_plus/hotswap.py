@@ -75,6 +75,8 @@ def prepare_model_for_compiled_hotswap(
     for _, _, encoder in encoders:
         encoder.check_initialized()
     longest = max(_count_tokens(encoder) for _, _, encoder in encoders)
+    if num_virtual_tokens is not None and not isinstance(num_virtual_tokens, int):
+        raise ValueError(f"`num_virtual_tokens` must be an integer of at least {longest}, got {num_virtual_tokens!r}.")
     if num_virtual_tokens is not None and num_virtual_tokens < longest:
         raise ValueError(
             f"`num_virtual_tokens` is {num_virtual_tokens}, but an adapter of the model has {longest}. Give the "

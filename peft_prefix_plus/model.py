@@ -13,10 +13,10 @@ import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from peft.utils import _get_submodules
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from .architectures import fetch_offloaded
+from .auxiliary import keep_others_active, list_own_adapters, remove_auxiliary
 from .checkpoints import (
     check_saved_weights,
     describe_misfit,
@@ -189,6 +189,11 @@ class PrefixPlusModel(BaseTuner):
             self.peft_config[name].projection = "none"
             self.peft_config[name].remember_injected()
 
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Set the active adapters; see `BaseTuner.set_adapter`. Heads of other methods in the model stay active."""
+        with keep_others_active(self.model, list_own_adapters(self.peft_config)):
+            super().set_adapter(adapter_name, inference_mode)
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter, and the layers that are left without one.
 
@@ -202,7 +207,8 @@ class PrefixPlusModel(BaseTuner):
         """
         was_active = adapter_name in self.active_adapters
         remaining = [name for name in self.active_adapters if name != adapter_name]
-        super().delete_adapter(adapter_name)
+        with keep_others_active(self.model, list_own_adapters(self.peft_config)):
+            super().delete_adapter(adapter_name)
         forget_adapter(self.model, adapter_name)
         unwrap_layers(self.model, only_empty=True)
         # Layers choose by themselves, and not all have the same adapters.
@@ -212,12 +218,14 @@ class PrefixPlusModel(BaseTuner):
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
         if merge:
             self._check_merge_allowed()
+        own = list_own_adapters(self.peft_config)
         unwrap_layers(self.model)
-        for name, module in list(self.model.named_modules()):
-            if isinstance(module, AuxiliaryTrainingWrapper):
-                parent, _, child_name = _get_submodules(self.model, name)
-                setattr(parent, child_name, module.unload_and_optionally_merge_module(False, False, None))
-        if "peft_config" in vars(self.model):
+        remove_auxiliary(self.model, own, keep_values=True)
+        if len(own) < len(self.peft_config):
+            # Other methods are left, whose tuners have the same dict.
+            for name in own:
+                del self.peft_config[name]
+        elif "peft_config" in vars(self.model):
             del self.model.peft_config
         bare: nn.Module = self.model
         return bare

@@ -192,3 +192,55 @@ def test_the_adapter_methods_of_transformers_take_both(name, tmp_path):
         loaded.load_adapter(str(tmp_path / kind), adapter_name=kind)
     loaded.set_adapter(["lora", "prefix"])
     torch.testing.assert_close(loaded.eval()(ids).logits, both, atol=1e-5, rtol=1e-5)
+
+
+def add_lora_with_head() -> PeftModel:
+    """LoRA that has trained a head of its own."""
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    lora = get_peft_model(build_model("llama"), config, adapter_name="lora").eval()
+    train(lora)
+    return lora
+
+
+def test_a_head_of_lora_stays_active_and_trained():
+    lora = add_lora_with_head()
+    head, states = lora.base_model.model.lm_head, torch.ones(1, 32)
+    expected = head(states)
+    prefix = get_peft_model(lora.base_model.model, build_config("prefix"), adapter_name="prefix")
+    prefix.add_adapter("other", build_config("prefix"))
+    for change in (
+        lambda: None,
+        lambda: prefix.set_adapter("other"),
+        lambda: prefix.set_adapter("prefix"),
+        lambda: prefix.delete_adapter("other"),
+    ):
+        change()
+        assert head.active_adapters == ["lora"] and torch.equal(head(states), expected)
+        assert all(parameter.requires_grad for parameter in head.modules_to_save["lora"].parameters())
+    ids = draw_tokens()
+    prefix(ids, labels=ids).loss.backward()
+    assert head.modules_to_save["lora"].weight.grad.abs().sum() > 0
+
+
+def test_a_frozen_head_of_lora_stays_frozen(tmp_path):
+    add_lora_with_head().save_pretrained(tmp_path)
+    lora = PeftModel.from_pretrained(build_model("llama"), tmp_path / "lora", adapter_name="lora")
+    prefix = get_peft_model(lora.base_model.model, build_config("prefix"), adapter_name="prefix")
+    prefix.set_adapter("prefix")
+    head = lora.base_model.model.lm_head
+    assert head.active_adapters == ["lora"]
+    assert not any(parameter.requires_grad for parameter in head.parameters())
+
+
+@pytest.mark.parametrize("prefix_heads", [None, ["norm"], ["lm_head"]], ids=["none", "another", "the same"])
+def test_unloading_the_prefix_leaves_the_head_of_lora(prefix_heads, tmp_path):
+    lora, ids = add_lora_with_head(), draw_tokens()
+    expected = lora(ids).logits
+    config = PrefixPlusConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, modules_to_save=prefix_heads)
+    base = get_peft_model(lora.base_model.model, config, adapter_name="prefix").eval().unload()
+    assert torch.equal(lora(ids).logits, expected)
+    assert list(lora.peft_config) == list(base.peft_config) == ["lora"]
+    lora.save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["lora"]
+    loaded = PeftModel.from_pretrained(build_model("llama"), tmp_path / "lora").eval()
+    assert torch.equal(loaded(ids).logits, expected)

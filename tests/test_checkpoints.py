@@ -667,3 +667,17 @@ def test_what_would_lose_a_bit_is_saved_as_it_is(tmp_path):
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "adapter_model.safetensors")
     assert [tensor.dtype for key, tensor in saved.items() if key.endswith("anchor_keys")].count(torch.float32) == 1
+
+
+def test_refused_weights_leave_the_head_of_the_adapter_in_use(tmp_path):
+    model = add_prefix(build_model("llama"), modules_to_save=["lm_head"])
+    perturb(model)
+    expected = run(model)
+    add_prefix(build_model("llama"), modules_to_save=["lm_head"]).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    weights.pop(next(name for name in weights if "anchor_keys" in name))
+    model.add_adapter("other", PeftConfig.from_pretrained(tmp_path))
+    with pytest.raises(ValueError, match="tensors are missing"):
+        set_peft_model_state_dict(model, weights, adapter_name="other")
+    assert model.base_model.model.lm_head.active_adapters == ["default"]
+    assert torch.equal(run(model), expected)

@@ -194,6 +194,28 @@ def test_yaml_numbers_of_another_kind_are_named(train, tmp_path, capsys):
     assert "--num_init_examples must be an integer" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["max_length", "prompt_template", "learning_rate"])
+def test_yaml_options_without_a_value_are_named(train, tmp_path, capsys, option):
+    path = tmp_path / "options.yaml"
+    path.write_text(f"{option}: null\n")
+    train("--config", str(path), status=1)
+    assert f"gives no value to {option}" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_yaml_numbers_that_stand_for_text_are_text(train, tmp_path, tiny_model_dir):
+    path = tmp_path / "options.yaml"
+    path.write_text("prefix_init_text: 12\n")
+    given = load_weights(train("--config", str(path)), tiny_model_dir)
+    expected = load_weights(train("--prefix_init_text", "12", output_dir="expected"), tiny_model_dir)
+    assert given.keys() == expected.keys() and all(torch.equal(given[key], expected[key]) for key in given)
+
+
+def test_a_template_that_would_drop_the_prompt_is_refused(train, capsys):
+    words = ["generate", "--adapter", str(train()), "--prompt", "1 plus 1", "--prompt_template", "{prompt}"]
+    assert main(words) == 1
+    assert "must contain '{source}'" in capsys.readouterr().err
+
+
 def test_unknown_yaml_options_are_named(train, tmp_path, capsys):
     path = tmp_path / "options.yaml"
     path.write_text("projektion: none\n")

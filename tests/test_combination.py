@@ -1,5 +1,6 @@
 """Prefix arithmetic: laws of sums of adapters, and of adapters one behind the other."""
 
+import numpy as np
 import pytest
 import torch
 from helpers import (
@@ -298,6 +299,10 @@ def refuse(model: PeftModel, match: str, *args, **kwargs) -> None:
         ("at least one name, got 'twin'", ("twin", [1], "new")),
         ("one finite number for each adapter, got None", (["default"], None, "new")),
         ("one finite number for each adapter, got \\[nan\\]", (["default"], [float("nan")], "new")),
+        ("a list of numbers, one for each adapter, got 0.5", (["default"], 0.5, "new")),
+        ("a list of numbers, one for each adapter, got \\['x'\\]", (["default"], ["x"], "new")),
+        ("a list of numbers, one for each adapter, got \\[True\\]", (["default"], [True], "new")),
+        ("values in 'model.layers.0.self_attn' would be too large", (["default", "twin"], [1e39, 1], "new")),
         ("have no weights, got \\[1, 0.5\\]", (["default", "twin"], [1, 0.5], "new", "cat")),
         ("one of linear, cat, got 'svd'", (["default", "twin"], [1, 1], "new", "svd")),
         ("'a.b' cannot name an adapter", (["default"], [1], "a.b")),
@@ -340,6 +345,14 @@ def test_shifts_that_no_adapter_could_repeat_are_refused():
             if combination_type == "cat":
                 assert torch.equal(run(model, "new"), run(model, adapters))
             model.delete_adapter("new")
+
+
+@pytest.mark.parametrize("build_weights", [torch.tensor, np.array, tuple], ids=["tensor", "array", "tuple"])
+def test_weights_may_stand_in_a_tensor_or_an_array(build_weights):
+    model = build("llama")
+    model.add_weighted_adapter(["default", "twin"], [0.25, 0.5], "listed")
+    model.add_weighted_adapter(["default", "twin"], build_weights([0.25, 0.5]), "built")
+    assert torch.equal(run(model, "built"), run(model, "listed"))
 
 
 def test_adapters_that_train_rows_of_embeddings_are_refused():

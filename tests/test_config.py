@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from pathlib import Path
 
 import pytest
 from helpers import INIT_TOKEN_IDS, add_prefix, draw_tokens
@@ -310,3 +311,15 @@ def test_unknown_fields_in_the_file_warn_and_are_ignored(tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"from_the_future": 1}))
     with pytest.warns(UserWarning, match="from_the_future"):
         PeftModel.from_pretrained(build_model("llama"), tmp_path)
+
+
+def test_a_path_of_a_tokenizer_is_saved_as_text(tmp_path):
+    config = PrefixPlusConfig(prefix_init_text="text", tokenizer_name_or_path=Path("tokenizer"))
+    assert config.tokenizer_name_or_path == "tokenizer"
+    config.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["tokenizer_name_or_path"] == "tokenizer"
+
+
+def test_arguments_of_a_tokenizer_that_could_not_be_saved_are_refused():
+    with pytest.raises(ValueError, match="cannot be saved as JSON"):
+        PrefixPlusConfig(prefix_init_text="text", tokenizer_kwargs={"cache_dir": Path("cache")})

@@ -52,6 +52,21 @@ def test_csv_equals_json_lines(tmp_path, tokenizer):
     assert load_examples(str(tmp_path / "rows.csv"), tokenizer) == expected
 
 
+@pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl"])
+def test_the_mark_of_an_encoding_is_no_text(tmp_path, tokenizer, name):
+    text = "source,reference\na,b\n" if name.endswith(".csv") else '{"source": "a", "reference": "b"}\n'
+    (tmp_path / name).write_text(text, encoding="utf-8-sig")
+    assert load_examples(str(tmp_path / name), tokenizer) == [Example("a\n", ("b",))]
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl"])
+def test_a_file_in_another_encoding_is_named(tmp_path, tokenizer, name):
+    text = "source,reference\né,b\n" if name.endswith(".csv") else '{"source": "é", "reference": "b"}\n'
+    (tmp_path / name).write_text(text, encoding="latin-1")
+    with pytest.raises(ValueError, match=f"{name} is not in UTF-8"):
+        load_examples(str(tmp_path / name), tokenizer)
+
+
 def test_a_data_set_equals_its_rows_in_a_file(tmp_path, tokenizer):
     rows = [{"source": f"s{i}", "references": [f"a{i}", f"b{i}"]} for i in range(3)]
     directory = tmp_path / "data"

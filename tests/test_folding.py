@@ -171,6 +171,14 @@ def test_one_directory_for_both_raises(adapter_dir):
     assert "saved" in str(raised.value)
 
 
+def test_a_link_to_the_directory_raises(adapter_dir, tmp_path):
+    (tmp_path / "link").symlink_to(adapter_dir, target_is_directory=True)
+    before = {path.name: path.read_bytes() for path in adapter_dir.iterdir() if path.is_file()}
+    with pytest.raises(ValueError, match="directory of its own"):
+        fold_adapter(str(adapter_dir), str(tmp_path / "link"))
+    assert {path.name: path.read_bytes() for path in adapter_dir.iterdir() if path.is_file()} == before
+
+
 @pytest.mark.parametrize("missing", ["adapter_config.json", "adapter_model.safetensors"])
 def test_a_missing_file_is_named(missing, adapter_dir, tmp_path):
     (adapter_dir / missing).unlink()

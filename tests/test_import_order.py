@@ -22,6 +22,7 @@ ORDER = [
     "card_text",
     "model_card",
     "config",
+    "auxiliary",
     "token_rows",
     "layer",
     "positions",

@@ -7,6 +7,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tiny_models import build_model
 
+from peft_prefix_plus import PrefixPlusConfig
+
 ROWS = [11, 23]
 forms = pytest.mark.parametrize("indices", [ROWS, {"embed_tokens": ROWS}], ids=["list", "dict"])
 tied = pytest.mark.parametrize("is_tied", [False, True], ids=["untied", "tied"])
@@ -56,7 +58,7 @@ def test_rows_that_are_not_there_are_refused(indices):
     snapshot.assert_unchanged(base)
 
 
-@pytest.mark.parametrize("indices", [[-1], ["a"], 5, {"embed_tokens": 5}, [True]], ids=str)
+@pytest.mark.parametrize("indices", [[-1], ["a"], 5, {"embed_tokens": 5}, [True], [], {"embed_tokens": []}], ids=str)
 def test_what_is_no_list_of_tokens_is_refused(indices):
     with pytest.raises(ValueError, match="must be a list of token ids"):
         add_prefix(build_model("llama"), trainable_token_indices=indices)
@@ -75,3 +77,39 @@ def test_rows_that_do_not_fit_leave_the_model_as_it_was(damage, tmp_path):
     with pytest.raises(ValueError, match="trainable_tokens_delta"):
         PeftModel.from_pretrained(base, tmp_path)
     snapshot.assert_unchanged(base)
+
+
+@forms
+def test_several_adapters_with_rows_are_loaded(indices, tmp_path):
+    model = build_trained(indices, is_tied=False)
+    model.save_pretrained(tmp_path)
+    ids = torch.tensor([[11, 5, 23, 7, 11]])
+    loaded = PeftModel.from_pretrained(build_model("llama"), tmp_path)
+    loaded.load_adapter(tmp_path, "second")
+    loaded.set_adapter("second")
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("indices", [[1], {"embed_tokens": [1]}], ids=["list", "dict"])
+def test_rows_of_a_table_that_is_trained_as_a_whole_are_refused(indices):
+    base = build_model("llama")
+    snapshot = Snapshot(base)
+    with pytest.raises(ValueError, match="trained as a whole"):
+        add_prefix(base, trainable_token_indices=indices, modules_to_save=["embed_tokens"])
+    snapshot.assert_unchanged(base)
+    model = add_prefix(base, modules_to_save=["embed_tokens"])
+    snapshot = Snapshot(model)
+    with pytest.raises(ValueError, match="trained as a whole"):
+        model.add_adapter("rows", PrefixPlusConfig(task_type="CAUSAL_LM", trainable_token_indices=indices))
+    snapshot.assert_unchanged(model)
+
+
+def test_an_adapter_without_rows_beside_one_that_has_some_is_refused(tmp_path):
+    """PEFT could not save it."""
+    model = build_trained(ROWS, is_tied=False)
+    snapshot = Snapshot(model)
+    with pytest.raises(ValueError, match=r"adapter 'default' of the model trains rows of model\.embed_tokens"):
+        model.add_adapter("plain", PrefixPlusConfig(task_type="CAUSAL_LM"))
+    snapshot.assert_unchanged(model)
+    assert list(model.peft_config) == ["default"]
+    model.save_pretrained(tmp_path)

@@ -163,16 +163,15 @@ def parse_arguments(
     parser.set_defaults(**(defaults or {}))
     first, _ = parser.parse_known_args(list(words))
     if first.config is not None:
-        known = {name for name in vars(first) if name != "config"}
-        parser.set_defaults(**read_yaml_options(first.config, known))
+        parser.set_defaults(**read_yaml_options(first.config, parser))
     return tuple(parser.parse_args_into_dataclasses(list(words), look_for_args_file=False)[: len(dataclass_types)])
 
 
-def read_yaml_options(path: str, known: set[str]) -> dict[str, Any]:
-    """Read options from a YAML file.
+def read_yaml_options(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """Read the options of a parser from a YAML file; numbers that stand for text become text.
 
     Raises:
-        ValueError: if it is not a mapping of known options.
+        ValueError: if it is not a mapping of known options, or leaves one empty that has to have a value.
     """
     with open(path, encoding="utf-8") as file:
         try:
@@ -181,7 +180,13 @@ def read_yaml_options(path: str, known: set[str]) -> dict[str, Any]:
             raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(options, dict):
         raise ValueError(f"{path} must hold a mapping of options, found {type(options).__name__}.")
-    unknown = sorted(set(options) - known)
+    known = {action.dest: action for action in parser._actions if action.dest not in ("config", "help")}
+    unknown = sorted(map(str, options.keys() - known.keys()))
     if unknown:
         raise ValueError(f"{path} has options that the command does not know: {', '.join(unknown)}.")
+    for name, value in options.items():
+        if value is None and known[name].default is not None:
+            raise ValueError(f"{path} gives no value to {name}. Leave the line out for the default.")
+        if known[name].type is str and type(value) in (int, float):
+            options[name] = str(value)
     return options

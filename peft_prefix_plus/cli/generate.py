@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
+from ..examples import check_template
 from ..inference import generate_texts
 from .arguments import check_minimum, parse_arguments, read_line_breaks
 from .evaluate import load_adapter
@@ -33,6 +34,7 @@ class GenerateArguments:
     def __post_init__(self) -> None:
         check_minimum(self, 1, "batch_size", "max_new_tokens", "num_beams")
         self.prompt_template = read_line_breaks(self.prompt_template)
+        check_template(self.prompt_template)
         for name in ("temperature", "top_p"):
             if vars(self)[name] != 1.0 and not self.do_sample:
                 raise ValueError(f"--{name} is {vars(self)[name]}, but the search is greedy; add --do_sample.")
