@@ -12,6 +12,7 @@ from .dense import attend_eager, attend_sdpa
 from .flash import attend_flash
 from .flex import attend_flex
 from .routing import MaskContract, UnroutedModule, find_mask_contract, read_implementation, resolve_attention_function
+from .selection import hide_unselected
 
 _ATTEND: dict[MaskContract, Callable[..., tuple[Tensor, Tensor | None]]] = {
     MaskContract.EAGER: attend_eager,
@@ -47,6 +48,7 @@ def prefix_attention_forward(
     implementation = read_implementation(module)
     contract = find_mask_contract(implementation)
     attend = resolve_attention_function(module, implementation)
+    attention_mask = hide_unselected(module, key, attention_mask, contract, kwargs)
     recorder = current_recorder()
     if recorder is not None:
         recorder.record(module, PrefixStates(key, value))
