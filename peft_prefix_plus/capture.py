@@ -18,7 +18,7 @@ from .architectures import (
     find_device,
     find_input_shapes,
     find_missing_weights,
-    find_numbered_stack,
+    find_numbered_stacks,
     find_position_tables,
     gather_weights,
     takes_argument,
@@ -146,8 +146,8 @@ def _build_text_inputs(model: PreTrainedModel, ids: Tensor) -> dict[str, Any]:
 @contextmanager
 def _negative_positions(model: PreTrainedModel) -> Iterator[None]:
     """Let the tokens stand right before position 0, where only distances count."""
-    stack = find_numbered_stack(model)
-    if stack is None or find_position_tables(model) or uses_absolute_positions(model):
+    stacks = find_numbered_stacks(model)
+    if not stacks or find_position_tables(model) or uses_absolute_positions(model):
         yield
         return
 
@@ -156,7 +156,7 @@ def _negative_positions(model: PreTrainedModel) -> Iterator[None]:
         positions = torch.arange(-inputs.shape[1], 0, device=inputs.device)[None]
         return args, {**kwargs, "position_ids": positions}
 
-    handle = stack.register_forward_pre_hook(number, with_kwargs=True)
+    handle = stacks[0].register_forward_pre_hook(number, with_kwargs=True)
     try:
         yield
     finally:

@@ -9,7 +9,7 @@ import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from .architectures import MAIN_INPUTS, find_inputs
+from .architectures import TEXT_INPUTS, find_inputs
 from .states import RowSelection
 
 # What PEFT calls the base model among the names of adapters.
@@ -30,13 +30,17 @@ class RowAdapters:
         self.batch_size = len(names)
         self._selections: dict[Any, RowSelection] = {}
 
-    def check_inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def check_inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], main_input: str) -> None:
         """Check that the inputs of a model, where they can be told, have as many rows as there are names.
+
+        Args:
+            args (`tuple`), kwargs (`Mapping`): of its forward or of `generate`.
+            main_input (`str`): what it reads, if it reads no text. Images that stand in a text have other rows.
 
         Raises:
             ValueError: if not.
         """
-        inputs = find_inputs(args, kwargs, MAIN_INPUTS)
+        inputs = find_inputs(args, kwargs, (*TEXT_INPUTS, "inputs", main_input))
         if inputs is not None and inputs.shape[0] != len(self.names):
             raise ValueError(self._describe_misfit(inputs.shape[0]))
 

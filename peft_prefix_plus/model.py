@@ -242,7 +242,7 @@ class PrefixPlusModel(BaseTuner):
         if adapter_names is not None:
             check_adapter_names(adapter_names, self.peft_config, self.training)
             rows = RowAdapters(adapter_names)
-            rows.check_inputs(args, kwargs)
+            rows.check_inputs(args, kwargs, self.model.main_input_name)
         layers = list_layers(self.model, PrefixPlusLayerBase)
         with self._enter_call(rows):
             for layer in layers:
@@ -275,7 +275,7 @@ class PrefixPlusModel(BaseTuner):
         rows = self._calls[-1][1] if self._calls else None
         if rows is not None:
             # Rows are repeated by `generate` only, which does not come here.
-            rows.check_inputs(args, kwargs)
+            rows.check_inputs(args, kwargs, self.model.main_input_name)
         return super().forward(*args, **kwargs)
 
     def unmerge_adapter(self) -> None:

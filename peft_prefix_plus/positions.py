@@ -8,11 +8,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .architectures import (
+    continues_media,
     count_positions,
     counts_positions_itself,
     find_first_position,
+    find_first_text_position,
     find_inputs,
-    find_numbered_stack,
+    find_numbered_stacks,
     find_owner,
     find_position_tables,
     uses_absolute_positions,
@@ -74,7 +76,11 @@ class ShiftedPositionEmbedding(PrefixPlusLayerBase):
             self._check_room(arguments["position_ids"], shift)
             arguments["position_ids"] = arguments["position_ids"] + shift
         elif counts_positions_itself(self.base_layer):
-            arguments["past_key_values_length"] = arguments["past_key_values_length"] + shift
+            start, tokens = arguments["past_key_values_length"], arguments.get("input_ids")
+            if isinstance(tokens, Tensor):
+                first = start + find_first_position(self.base_layer)
+                self._check_room(torch.arange(tokens.shape[1], device=tokens.device) + first, shift)
+            arguments["past_key_values_length"] = start + shift
         else:
             name = next(iter(arguments))
             self._check_room(arguments[name], shift)
@@ -105,21 +111,24 @@ class PositionAligner:
         moves_input (`bool`): whether the input moves.
         has_coordinates (`bool`): whether the positions of images have several coordinates, which the model knows, and
             which later text continues; it is left alone then.
+        first_position (`int`): where the model itself lets a text begin.
     """
 
-    def __init__(self, moves_input: bool, has_coordinates: bool) -> None:
+    def __init__(self, moves_input: bool, has_coordinates: bool, first_position: int = 0) -> None:
         self.shift: dict[str, int] = {}
         self.moves_input = moves_input
         self.has_coordinates = has_coordinates
+        self.first_position = first_position
 
-    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def __call__(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        args, kwargs = _name_arguments(model, args, kwargs)
         inputs = find_inputs(args, kwargs)
         mask, position_ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
         is_numbered = position_ids is not None or not isinstance(mask, Tensor) or mask.dim() != 2
         if inputs is None or (is_numbered and not self.moves_input):
             return None
         # Last, as the length of a static cache is a tensor, on which a compiled forward cannot decide.
-        if self.has_coordinates and self._has_media_or_past(kwargs):
+        if self.has_coordinates and self._follows_media(model, kwargs):
             return None
         # Every token asks, and the first layer answers.
         layers = (module for module in model.modules() if isinstance(module, PrefixPlusLayer))
@@ -127,12 +136,10 @@ class PositionAligner:
         first = next(active, None)
         if first is None:
             return None
-        if position_ids is None and not is_numbered:
-            position_ids = (mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -inputs.shape[1] :]  # type: ignore[union-attr]
-        elif position_ids is None:
-            cache = kwargs.get("past_key_values")
-            start = 0 if cache is None else cache.get_seq_length()
-            position_ids = torch.arange(inputs.shape[1], device=inputs.device)[None] + start
+        if position_ids is None:
+            # The encoder of a pair reads its input at once, whatever the decoder has read before.
+            cache = None if model.config.is_encoder_decoder else kwargs.get("past_key_values")
+            position_ids = _count_tokens(inputs, None if is_numbered else mask, cache) + self.first_position
         if self.moves_input:
             position_ids = position_ids + self._compute_shift([first, *active], inputs)
         return args, {**kwargs, "position_ids": position_ids}
@@ -146,33 +153,71 @@ class PositionAligner:
         return sum(self.shift.get(name, 0) for name in active)
 
     @staticmethod
-    def _has_media_or_past(kwargs: dict[str, Any]) -> bool:
+    def _follows_media(model: nn.Module, kwargs: dict[str, Any]) -> bool:
         if any(name.startswith(MEDIA_ARGUMENTS) and value is not None for name, value in kwargs.items()):
             return True
         cache = kwargs.get("past_key_values")
-        return cache is not None and cache.get_seq_length() > 0
+        return cache is not None and continues_media(model) and cache.get_seq_length() > 0
+
+
+def _name_arguments(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a forward, all but the first by their names."""
+    if len(args) < 2:
+        return args, kwargs
+    names = list(inspect.signature(model.forward).parameters)[1 : len(args)]
+    if kwargs.keys() & names:
+        # The model itself says what is wrong.
+        return args, kwargs
+    return args[:1], {**dict(zip(names, args[1:], strict=True)), **kwargs}
+
+
+def _count_tokens(inputs: Tensor, mask: Tensor | None, cache: Any) -> Tensor:
+    """The position of each token in its row, `[batch or 1, tokens]`; that of the first real one is 0.
+
+    Distances are those that the model itself would have: gaps in the mask count, and only what stands before the
+    first real token does not.
+    """
+    positions = torch.arange(inputs.shape[1], device=inputs.device)[None]
+    if cache is not None:
+        positions = positions + cache.get_seq_length()
+    if mask is None:
+        return positions
+    if cache is None:
+        # Models with a state of another kind get the mask of all that they have read.
+        positions = positions + mask.shape[1] - inputs.shape[1]
+    padding = (mask != 0).long().argmax(dim=-1, keepdim=True)
+    return (positions - padding).clamp(min=0)
 
 
 def align_positions(model: PreTrainedModel, adapter_name: str, num_virtual_tokens: int) -> None:
-    """Install a [`PositionAligner`] on a model that has no table of positions, once, and tell it of an adapter.
+    """Install a [`PositionAligner`] on each stack of a model without a table of positions, and tell it of an adapter.
 
     Args:
         model (`nn.Module`): a transformers model.
         adapter_name (`str`): the adapter's name.
         num_virtual_tokens (`int`): how many positions its prefix takes; 0 if it was not made from real tokens.
     """
-    stack = find_numbered_stack(model)
-    if stack is None or find_position_tables(model):
+    stacks = find_numbered_stacks(model)
+    if not stacks or find_position_tables(model):
         return
-    aligners = [hook for hook in stack._forward_pre_hooks.values() if isinstance(hook, PositionAligner)]
-    if not aligners:
-        aligners = [PositionAligner(uses_absolute_positions(model), uses_sectioned_rotary(model))]
-        stack.register_forward_pre_hook(aligners[0], with_kwargs=True)
+    moves_input = uses_absolute_positions(model)
     # transformers deletes adapters without telling the tuner.
-    layers = list_layers(model, PrefixPlusLayer)
-    present = {name for layer in layers for name in layer.list_adapters()}
-    aligners[0].shift = {name: shift for name, shift in aligners[0].shift.items() if name in present}
-    aligners[0].shift[adapter_name] = num_virtual_tokens
+    present = {name for layer in list_layers(model, PrefixPlusLayer) for name in layer.list_adapters()}
+    # Inner models may be called by themselves, and find the positions given otherwise. Nothing may be moved twice.
+    for stack in stacks[:1] if moves_input else stacks:
+        aligner = _find_aligner(stack)
+        if aligner is None:
+            aligner = PositionAligner(moves_input, uses_sectioned_rotary(stack), find_first_text_position(stack))
+            stack.register_forward_pre_hook(aligner, with_kwargs=True)
+        aligner.shift = {name: shift for name, shift in aligner.shift.items() if name in present}
+        aligner.shift[adapter_name] = num_virtual_tokens
+
+
+def _find_aligner(model: nn.Module) -> PositionAligner | None:
+    hooks = model._forward_pre_hooks.values()
+    return next((hook for hook in hooks if isinstance(hook, PositionAligner)), None)
 
 
 def stop_aligning_positions(model: nn.Module) -> None:

@@ -24,7 +24,7 @@ from peft_prefix_plus.architectures import (
     find_attention_modules,
     find_first_position,
     find_input_shapes,
-    find_numbered_stack,
+    find_numbered_stacks,
     find_owner,
     find_position_tables,
     find_stacks,
@@ -245,7 +245,7 @@ def test_the_models_around_a_module_are_listed_from_the_outside():
     assert (find_owner(model, text), find_owner(model, image)) == ("model.language_model", "model.vision_tower")
     assert belongs_to_text(model, text) and not belongs_to_text(model, image)
     assert takes_tokens(model) and not takes_tokens(model.model.vision_tower)
-    assert find_numbered_stack(model) is model
+    assert find_numbered_stacks(model)[0] is model
 
 
 def test_the_shapes_of_images_and_sound_are_those_that_the_models_take():

@@ -287,3 +287,24 @@ def test_rows_get_the_classification_head_of_their_adapter(active):
     for row, adapter_name in enumerate(rows):
         alone = run_alone(model, adapter_name, lambda m, i=ids[row : row + 1]: m(i).logits)
         torch.testing.assert_close(mixed[row], alone[0], atol=1e-4, rtol=1e-4)
+
+
+def test_images_in_the_text_of_a_mixed_batch():
+    """Their rows are patches, of which there are more than rows of text."""
+    base = build_zoo_model("multimodal", "qwen2_vl")
+    vision, ids = base.config.vision_config, draw_text()
+    places = torch.full((len(ids), 16 // vision.spatial_merge_size**2), base.config.image_token_id)
+    patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    batch = {
+        "input_ids": torch.cat([ids[:, :1], places, ids[:, 1:]], dim=1),
+        "pixel_values": torch.randn(len(ids) * 16, patch, generator=torch.Generator().manual_seed(3)),
+        "image_grid_thw": torch.tensor([[1, 4, 4]] * len(ids)),
+    }
+    batch["mm_token_type_ids"] = (batch["input_ids"] == base.config.image_token_id).int()
+    model = add_prefix(base)
+    model.add_adapter("other", PrefixPlusConfig(task_type="CAUSAL_LM", prefix_init_token_ids=[3, 4, 6]))
+    model.eval()
+    mixed = model(**batch, adapter_names=["default", "other"]).logits
+    for row, name in enumerate(["default", "other"]):
+        model.set_adapter(name)
+        torch.testing.assert_close(mixed[row], model(**batch).logits[row], atol=1e-4, rtol=1e-4)

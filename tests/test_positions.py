@@ -1,6 +1,7 @@
 """Where the input stands: behind the prefix in tables, at its first real token elsewhere."""
 
 import copy
+import inspect
 import pickle
 import re
 
@@ -10,7 +11,8 @@ from helpers import INIT_TOKEN_IDS, add_prefix, draw_tokens, pad_rows, perturb
 from peft import PeftModel, get_peft_model
 from tiny_models import ARCHITECTURES, MAX_POSITIONS, build_model
 from torch.testing import assert_close
-from zoo_models import build_zoo_model
+from transformers import DynamicCache, StaticCache
+from zoo_models import build_inputs, build_zoo_model
 
 from peft_prefix_plus import PrefixPlusConfig
 from peft_prefix_plus.positions import (
@@ -77,6 +79,17 @@ def test_the_last_position_can_be_used_and_the_next_one_raises(name):
     assert re.search(rf"Shorten .*input.* {MAX_POSITIONS - P}\b", message)
     with model.disable_adapter():
         model(draw_tokens(1, MAX_POSITIONS))
+
+
+def test_a_table_that_counts_by_itself_says_when_it_ends():
+    base = build_zoo_model("seq2seq", "bart", max_position_embeddings=16)
+    config = PrefixPlusConfig(task_type="SEQ_2_SEQ_LM", prefix_init_token_ids=INIT_TOKEN_IDS)
+    model = get_peft_model(base, config).eval()
+    model(input_ids=draw_tokens(1, 16 - P), decoder_input_ids=draw_tokens(1, 16 - P))
+    for lengths in ((16 - P + 1, 3), (3, 16 - P + 1)):
+        ids, decoder_ids = (draw_tokens(1, length) for length in lengths)
+        with pytest.raises(ValueError, match=f"position {16 - P}, the prefix takes {P} positions.* only 16"):
+            model(input_ids=ids, decoder_input_ids=decoder_ids)
 
 
 @learned
@@ -197,14 +210,88 @@ def test_the_hook_does_nothing_without_an_active_prefix():
 
 
 @rotary
-def test_one_hook_for_all_adapters_and_none_after_unloading(name):
+def test_one_hook_on_each_stack_for_all_adapters_and_none_after_unloading(name):
     base = build_model(name)
     model = add_prefix(base)
     add_second(model, [3, 4])
-    assert count_hooks(model) == 1
+    assert count_hooks(model) == len([base, base.base_model])
     model.unload()
     assert count_hooks(base) == 0
     assert not base._forward_pre_hooks and not base._forward_pre_hooks_with_kwargs
+
+
+@rotary
+def test_the_backbone_called_by_itself_gives_the_same(name):
+    """As trainers do that compute the logits of some tokens only."""
+    model = add_prefix(build_model(name))
+    ids, mask = pad_rows(draw_tokens(), [7, 4], "left")
+    base = model.get_base_model()
+    expected = base(ids, attention_mask=mask, output_hidden_states=True).hidden_states[-1]
+    assert_close(base.base_model(ids, attention_mask=mask).last_hidden_state[mask.bool()], expected[mask.bool()])
+
+
+@rotary
+def test_arguments_by_position_equal_those_by_name(name):
+    model = get_peft_model(build_model(name), PrefixPlusConfig(prefix_init_token_ids=INIT_TOKEN_IDS)).eval()
+    ids, mask = pad_rows(draw_tokens(), [7, 4], "left")
+    expected = model(input_ids=ids, attention_mask=mask).logits
+    assert torch.equal(model(ids, mask).logits, expected)
+    with pytest.raises(TypeError, match="multiple values"):
+        model.base_model.model(ids, mask, attention_mask=mask)
+
+
+def test_positions_by_position_are_moved_where_a_start_counts():
+    model = get_peft_model(build_zoo_model("causal", "ctrl"), PrefixPlusConfig(prefix_init_token_ids=INIT_TOKEN_IDS))
+    ids = draw_tokens()
+    names = list(inspect.signature(model.base_model.model.forward).parameters)
+    given = {"input_ids": ids, "position_ids": torch.arange(7)[None]}
+    by_position = [given.get(name) for name in names[: names.index("position_ids") + 1]]
+    assert torch.equal(model.eval()(*by_position).logits, model(ids).logits)
+
+
+@rotary
+@pytest.mark.parametrize("kind", ["longer than the input", "segment numbers", "a gap"])
+def test_only_what_stands_before_the_first_token_is_not_counted(name, kind):
+    """The distances are those that the model itself would have."""
+    base, ids = build_model(name), draw_tokens()
+    model, cache, mask = add_prefix(base), None, torch.ones_like(ids)
+    if kind == "longer than the input":
+        cache = StaticCache(config=base.config, max_cache_len=12)
+        mask = torch.nn.functional.pad(mask, (0, 5))
+    elif kind == "segment numbers":
+        mask[:, 4:] = 2
+    else:
+        mask[:, 3:5] = 0
+    given = model(ids, attention_mask=mask, past_key_values=cache).logits
+    if kind != "a gap":
+        assert_close(given, model(ids).logits, **TOLERANCE)
+        return
+    prompt = torch.tensor([INIT_TOKEN_IDS] * 2)
+    with model.disable_adapter():
+        whole = model(torch.cat([prompt, ids], 1), attention_mask=torch.cat([torch.ones_like(prompt), mask], 1)).logits
+    assert_close(given[mask.bool()], whole[:, P:][mask.bool()], **TOLERANCE)
+
+
+def test_a_model_that_counts_from_one_counts_so_in_training_and_generation():
+    model = add_prefix(build_zoo_model("multimodal", "paligemma"))
+    ids = build_inputs("multimodal", model.get_base_model(), length=9)["input_ids"]
+    mask = torch.ones_like(ids)
+    expected = model(ids).logits
+    assert_close(model(ids, attention_mask=mask).logits, expected, **TOLERANCE)
+    settings = {"max_new_tokens": 1, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    generated = model.generate(ids, attention_mask=mask, **settings).logits[0]
+    assert_close(generated, expected[:, -1], **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "glm4v"])
+def test_padded_text_is_continued_where_images_have_coordinates(name):
+    base = build_zoo_model("multimodal", name)
+    model, ids = add_prefix(base), draw_tokens(2, 9)
+    padded, mask = pad_rows(ids, [9, 5], "left")
+    cache = DynamicCache(config=base.config.get_text_config())
+    model(padded[:, :7], attention_mask=mask[:, :7], past_key_values=cache)
+    given = model(padded[:, 7:], attention_mask=mask, past_key_values=cache).logits
+    assert_close(given[1], model(ids[1:, :5]).logits[0, -2:], **TOLERANCE)
 
 
 def test_other_hooks_stay():
@@ -213,7 +300,7 @@ def test_other_hooks_stay():
     base.register_forward_pre_hook(lambda module, args, kwargs: calls.append(1), with_kwargs=True)
     align_positions(base, "one", 0)
     align_positions(base, "other", 3)
-    assert count_hooks(base) == 1
+    assert count_hooks(base) == len([base, base.base_model])
     stop_aligning_positions(base)
     base(draw_tokens())
     assert count_hooks(base) == 0 and calls == [1]

@@ -22,7 +22,7 @@ from .geometry import (
     read_geometry,
 )
 from .inputs import (
-    MAIN_INPUTS,
+    TEXT_INPUTS,
     count_codebooks,
     count_token_embeddings,
     find_input_shapes,
@@ -43,9 +43,11 @@ from .modules import (
 )
 from .positions import (
     POSITION_TABLE_NAMES,
+    continues_media,
     count_positions,
     counts_positions_itself,
     find_first_position,
+    find_first_text_position,
     find_position_tables,
     read_position_limit,
     uses_absolute_positions,
@@ -53,7 +55,7 @@ from .positions import (
 )
 from .stacks import (
     belongs_to_text,
-    find_numbered_stack,
+    find_numbered_stacks,
     find_owner,
     find_stacks,
     takes_argument,
@@ -61,13 +63,14 @@ from .stacks import (
 )
 
 __all__ = [
-    "MAIN_INPUTS",
     "POSITION_TABLE_NAMES",
+    "TEXT_INPUTS",
     "AlibiSlopes",
     "AttentionGeometry",
     "belongs_to_text",
     "compute_key_bias",
     "computes_attention",
+    "continues_media",
     "count_attention_calls",
     "count_codebooks",
     "count_positions",
@@ -81,10 +84,11 @@ __all__ = [
     "find_cache_index",
     "find_device",
     "find_first_position",
+    "find_first_text_position",
     "find_input_shapes",
     "find_inputs",
     "find_missing_weights",
-    "find_numbered_stack",
+    "find_numbered_stacks",
     "find_owner",
     "find_position_tables",
     "find_stacks",

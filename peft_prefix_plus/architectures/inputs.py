@@ -7,8 +7,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 TEXT_INPUTS = ("input_ids", "inputs_embeds")
-# What models call their main input; `generate` calls it `inputs` as well.
-MAIN_INPUTS = (*TEXT_INPUTS, "inputs", "pixel_values", "input_features", "input_values")
 
 
 def count_token_embeddings(model: PreTrainedModel) -> int:

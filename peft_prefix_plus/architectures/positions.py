@@ -55,6 +55,16 @@ def find_first_position(table: nn.Module) -> int:
     return 0 if padding_idx is None else padding_idx + 1
 
 
+def find_first_text_position(model: PreTrainedModel) -> int:
+    """The position of a text's first token in a model without a table of positions: PaliGemma counts from 1."""
+    return int(model.config.model_type == "paligemma")
+
+
+def continues_media(model: nn.Module) -> bool:
+    """Whether a model remembers from an image, or from generating, where the text that follows stands."""
+    return any(getattr(module, "rope_deltas", None) is not None for module in (model, *model.children()))
+
+
 def count_positions(table: nn.Module) -> int | None:
     """How many positions a table holds, without the rows that some architectures reserve; `None`: it grows."""
     if not isinstance(table, nn.Embedding):

@@ -42,16 +42,16 @@ def belongs_to_text(model: nn.Module, name: str) -> bool:
     return takes_argument(owner, "input_ids") and re.search("audio|vision|visual|image|speech", name) is None
 
 
-def find_numbered_stack(model: PreTrainedModel) -> PreTrainedModel | None:
-    """Find the outermost model around the text's attention that can be told the positions of its input.
+def find_numbered_stacks(model: PreTrainedModel) -> list[PreTrainedModel]:
+    """Find the models around the text's attention that can be told the positions of their input.
 
     Args:
         model (`PreTrainedModel`): a model of transformers.
 
     Returns:
-        `PreTrainedModel`, *optional*: the model itself or one inside of it; `None` if none takes `position_ids`.
+        `list[PreTrainedModel]`: the outermost one first, often the model itself; empty if none takes `position_ids`.
     """
     attention = next((name for name in find_attention_modules(model) if belongs_to_text(model, name)), None)
     names = [""] if attention is None else find_stacks(model, attention)
     stacks: Any = (model.get_submodule(name) for name in names)
-    return next((stack for stack in stacks if takes_argument(stack, "position_ids")), None)
+    return [stack for stack in stacks if takes_argument(stack, "position_ids")]
