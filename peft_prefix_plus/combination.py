@@ -53,10 +53,7 @@ def add_weighted_adapter(
     weights = _read_weights(weights)
     _check_arguments(tuner, adapters, weights, adapter_name, combination_type)
     sources = [_read_source(tuner, name) for name in adapters]
-    if combination_type == "linear":
-        encoders = _combine_linearly(sources, [float(weight) for weight in weights or ()])
-    else:
-        encoders = _join(sources)
+    encoders = _combine_linearly(sources, weights or []) if combination_type == "linear" else _join(sources)
     _check_finite(encoders, weights)
     config = _build_config(tuner.model, sources, encoders)
     _check_plan(tuner.model, config, encoders, sources, combination_type)
@@ -109,7 +106,7 @@ def _read_weights(weights: Any) -> list[float] | None:
         isinstance(value, numbers.Real) and not isinstance(value, bool) for value in values
     ):
         raise ValueError(f"`weights` must be a list of numbers, one for each adapter, got {weights!r:.200}.")
-    return list(values)
+    return [float(value) for value in values]
 
 
 def _check_finite(encoders: Mapping[str, PrefixEncoder], weights: Sequence[float] | None) -> None:

@@ -73,25 +73,24 @@ class ShiftedPositionEmbedding(PrefixPlusLayerBase):
         bound.apply_defaults()
         arguments = bound.arguments
         if isinstance(arguments.get("position_ids"), Tensor):
-            self._check_room(arguments["position_ids"], shift)
+            self._check_room(arguments["position_ids"].max(), shift)
             arguments["position_ids"] = arguments["position_ids"] + shift
         elif counts_positions_itself(self.base_layer):
             start, tokens = arguments["past_key_values_length"], arguments.get("input_ids")
             if isinstance(tokens, Tensor):
-                first = start + find_first_position(self.base_layer)
-                self._check_room(torch.arange(tokens.shape[1], device=tokens.device) + first, shift)
+                self._check_room(start + find_first_position(self.base_layer) + tokens.shape[1] - 1, shift)
             arguments["past_key_values_length"] = start + shift
         else:
             name = next(iter(arguments))
-            self._check_room(arguments[name], shift)
+            self._check_room(arguments[name].max(), shift)
             arguments[name] = arguments[name] + shift
         return self.base_layer(*bound.args, **bound.kwargs)
 
-    def _check_room(self, position_ids: Tensor, shift: int) -> None:
-        limit, first = count_positions(self.base_layer), find_first_position(self.base_layer)
-        if limit is None or torch.compiler.is_compiling():
+    def _check_room(self, last_row: Tensor | int, shift: int) -> None:
+        limit = None if torch.compiler.is_compiling() else count_positions(self.base_layer)
+        if limit is None:
             return
-        last = int(position_ids.max()) - first
+        last = int(last_row) - find_first_position(self.base_layer)
         if last + shift >= limit:
             raise ValueError(
                 f"The input reaches position {last}, the prefix takes {shift} positions, and the model has learned "

@@ -303,7 +303,7 @@ def refuse(model: PeftModel, match: str, *args, **kwargs) -> None:
         ("a list of numbers, one for each adapter, got \\['x'\\]", (["default"], ["x"], "new")),
         ("a list of numbers, one for each adapter, got \\[True\\]", (["default"], [True], "new")),
         ("values in 'model.layers.0.self_attn' would be too large", (["default", "twin"], [1e39, 1], "new")),
-        ("have no weights, got \\[1, 0.5\\]", (["default", "twin"], [1, 0.5], "new", "cat")),
+        ("have no weights, got \\[1.0, 0.5\\]", (["default", "twin"], [1, 0.5], "new", "cat")),
         ("one of linear, cat, got 'svd'", (["default", "twin"], [1, 1], "new", "svd")),
         ("'a.b' cannot name an adapter", (["default"], [1], "a.b")),
         ("'' cannot name an adapter", (["default"], [1], "")),
