@@ -73,7 +73,7 @@ class ShiftedPositionEmbedding(PrefixPlusLayerBase):
         bound.apply_defaults()
         arguments = bound.arguments
         if isinstance(arguments.get("position_ids"), Tensor):
-            self._check_room(arguments["position_ids"].max(), shift)
+            self._check_room(arguments["position_ids"], shift)
             arguments["position_ids"] = arguments["position_ids"] + shift
         elif counts_positions_itself(self.base_layer):
             start, tokens = arguments["past_key_values_length"], arguments.get("input_ids")
@@ -82,15 +82,16 @@ class ShiftedPositionEmbedding(PrefixPlusLayerBase):
             arguments["past_key_values_length"] = start + shift
         else:
             name = next(iter(arguments))
-            self._check_room(arguments[name].max(), shift)
+            self._check_room(arguments[name], shift)
             arguments[name] = arguments[name] + shift
         return self.base_layer(*bound.args, **bound.kwargs)
 
-    def _check_room(self, last_row: Tensor | int, shift: int) -> None:
+    def _check_room(self, rows: Tensor | int, shift: int) -> None:
+        """Check that a table has the rows behind some of its rows; the last of those is enough."""
         limit = None if torch.compiler.is_compiling() else count_positions(self.base_layer)
         if limit is None:
             return
-        last = int(last_row) - find_first_position(self.base_layer)
+        last = int(rows.max() if isinstance(rows, Tensor) else rows) - find_first_position(self.base_layer)
         if last + shift >= limit:
             raise ValueError(
                 f"The input reaches position {last}, the prefix takes {shift} positions, and the model has learned "

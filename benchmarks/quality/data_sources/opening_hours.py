@@ -60,8 +60,8 @@ def _try_row(draw: Draw, names: list[str], kind: str) -> Row | None:
         topic for topic in ("prices", "rules") if draw.happens(TOPIC_SHARE) or NEEDED_TOPICS.get(kind) == topic
     )
     described = [place, other] if other.title in question.text else [place]
-    people = dict(zip(described, chosen[2:], strict=False))
-    parts = draw.shuffle([describe_place(draw, each, person, topics) for each, person in people.items()])
+    people = zip(described, chosen[2:], strict=False)
+    parts = draw.shuffle([describe_place(draw, each, person, topics) for each, person in people])
     sentences = [sentence for part in parts for sentence in part]
     if draw.happens(MIXED_SHARE):
         sentences = draw.shuffle(sentences)
