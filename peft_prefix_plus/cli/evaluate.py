@@ -26,7 +26,7 @@ class EvaluateArguments:
     dtype: str = field(default="auto", metadata={"help": "Weights of the base model: auto, float32, bfloat16, ..."})
     eval_split: str = field(default="validation", metadata={"help": "Split of a hub data set."})
     max_eval_examples: int | None = field(default=None, metadata={"help": "Use only that many rows."})
-    prompt_template: str = field(default="{source}\n", metadata={"help": "Turns the source of a row into a prompt."})
+    prompt_template: str = field(default=r"{source}\n", metadata={"help": "Turns the source of a row into a prompt."})
     batch_size: int = field(default=16, metadata={"help": "Examples per batch."})
     max_length: int = field(default=1024, metadata={"help": "Longest input in tokens."})
     max_new_tokens: int = field(default=128, metadata={"help": "Longest generated text in tokens."})
@@ -54,10 +54,11 @@ def load_adapter(adapter: str, model_name: str | None, dtype: str) -> tuple[Peft
     config = PrefixPlusConfig.from_pretrained(adapter)
     if not isinstance(config, PrefixPlusConfig):
         raise ValueError(f"{adapter!r} is an adapter of type {config.peft_type}, not of PrefixPlus.")
-    name = model_name or config.base_model_name_or_path
+    # A revision is that of the adapter's own base model.
+    name, revision = (model_name, None) if model_name else (config.base_model_name_or_path, config.revision)
     if not name:
         raise ValueError(f"The adapter {adapter!r} does not say what its base model is; use --model_name_or_path.")
-    model, tokenizer = load_base_model(name, dtype)
+    model, tokenizer = load_base_model(name, dtype, revision)
     return PeftModel.from_pretrained(model, adapter), tokenizer
 
 

@@ -22,7 +22,7 @@ class GenerateArguments:
     )
     model_name_or_path: str | None = field(default=None, metadata={"help": "Base model; default: the adapter's own."})
     dtype: str = field(default="auto", metadata={"help": "Weights of the base model: auto, float32, bfloat16, ..."})
-    prompt_template: str = field(default="{source}\n", metadata={"help": "Turns what you type into a prompt."})
+    prompt_template: str = field(default=r"{source}\n", metadata={"help": "Turns what you type into a prompt."})
     chat: bool = field(default=False, metadata={"help": "Use the chat template of the model instead."})
     max_new_tokens: int = field(default=128, metadata={"help": "Longest generated text in tokens."})
     do_sample: bool = field(default=False, metadata={"help": "Sample instead of greedy search."})

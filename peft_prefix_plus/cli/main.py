@@ -41,14 +41,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         command = importlib.import_module(f"peft_prefix_plus.cli.{words[0]}")
     except ModuleNotFoundError as error:
-        remedy = (
-            "pip install 'peft-prefix-plus[demo]'" if words[0] == "demo" else "pip install 'peft-prefix-plus[train]'"
-        )
+        extra = "demo" if words[0] == "demo" else "train"
+        remedy = f"pip install '.[{extra}]' in a clone of the repository"
         print(f"prefix-plus {words[0]} needs the package {error.name!r}: {remedy}", file=sys.stderr)
         return 1
     try:
         command.run(words[1:])
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         if TRACEBACK_VARIABLE in os.environ:
             raise
         print(f"prefix-plus {words[0]}: {error}", file=sys.stderr)

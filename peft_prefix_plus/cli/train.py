@@ -101,7 +101,9 @@ def run(words: Sequence[str]) -> None:
             training_arguments,
         )
     config = build_config(prefix_arguments, task_type="CAUSAL_LM")
-    peft_model = get_peft_model(model, _with_tokenizer(config, model_arguments.model_name_or_path))
+    peft_model = get_peft_model(
+        model, _with_tokenizer(config, model_arguments), revision=model_arguments.model_revision
+    )
     peft_model.print_trainable_parameters()
     trainer = build_trainer(
         peft_model, tokenizer, training_arguments, train_examples, eval_examples, data_arguments.max_length
@@ -178,10 +180,12 @@ def _load_data(
     )
 
 
-def _with_tokenizer(config: PrefixPlusConfig, model_name: str) -> PrefixPlusConfig:
+def _with_tokenizer(config: PrefixPlusConfig, arguments: ModelArguments) -> PrefixPlusConfig:
     """Tell the configuration where the tokenizer of the init text is, unless the user did."""
     if config.prefix_init == "text" and config.tokenizer_name_or_path is None:
-        config.tokenizer_name_or_path, config.tokenizer_kwargs = locate_tokenizer(model_name, config.tokenizer_kwargs)
+        config.tokenizer_name_or_path, config.tokenizer_kwargs = locate_tokenizer(
+            arguments.model_name_or_path, config.tokenizer_kwargs, arguments.model_revision
+        )
     return config
 
 
