@@ -71,7 +71,7 @@ bench-performance: $(VENV)/.installed-bench
 	$(BIN)/python -m benchmarks.performance.page
 
 check-data:
-	@test -n "$(DATA)" || { echo "Name the directory of the data sets: make bench-quality DATA=directory" >&2; exit 2; }
+	@test -n "$(DATA)" || { echo "Name the directory of the data sets: make $(MAKECMDGOALS) DATA=directory" >&2; exit 2; }
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; use make PYTHON=...")'

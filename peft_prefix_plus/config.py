@@ -55,7 +55,7 @@ class PrefixPlusConfig(PeftConfig):
         trainable_token_indices (`list[int]` or `dict[str, list[int]]`, *optional*):
             Tokens whose embeddings are trained and saved, as in LoRA: of the input embeddings, or of the tables named.
         ensure_weight_tying (`bool`):
-            Keep embeddings tied that the base model ties, where tokens are trained. Default `False`.
+            Keep embeddings tied that the base model ties, where the two fields above name one. Default `False`.
         projection (`str`):
             How the trained difference from the initial keys and values is produced, per layer. `"linear"` (default): a
             linear map of an embedding per virtual token. `"mlp"`: a two-layer network on it. `"none"`: a free tensor.
@@ -115,7 +115,7 @@ class PrefixPlusConfig(PeftConfig):
         metadata={"help": "Tokens whose embeddings are trained and saved, or names of tables mapped to tokens."},
     )
     ensure_weight_tying: bool = field(
-        default=False, metadata={"help": "Keep embeddings tied that the base model ties, where tokens are trained."}
+        default=False, metadata={"help": "Keep embeddings tied that the base model ties, where one is trained."}
     )
     projection: str = field(
         default="linear",

@@ -7,7 +7,7 @@ import re
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from peft import PeftConfig
@@ -46,7 +46,7 @@ class PrefixPlusModel(BaseTuner):
     Args:
         model (`torch.nn.Module`): a transformers model.
         peft_config ([`PrefixPlusConfig`]): the configuration.
-        adapter_name (`str`): name of the adapter, `"default"` by default.
+        adapter_name (`str`): name of the adapter.
         low_cpu_mem_usage (`bool`): create the parameters on the meta device; only for loading.
 
     Example:
@@ -60,7 +60,6 @@ class PrefixPlusModel(BaseTuner):
 
     prefix: str = "prefix_plus_"
     tuner_layer_cls = PrefixPlusLayerBase
-    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
     # Only while an adapter is being injected.
     _plan: InjectionPlan | None = None
 

@@ -38,7 +38,7 @@ class SupportedModel:
 
 
 def supported_model_types(group: str | None = None) -> list[SupportedModel]:
-    """List the model types that work with PrefixPlus, as measured with the versions that [`read_matrix`] names.
+    """List the model types that work with PrefixPlus, as measured for `docs/supported_models.md`.
 
     Args:
         group (`str`, *optional*): only this group: `"causal"`, `"seq2seq"`, `"encoder"`, `"multimodal"` or `"vision"`.

@@ -146,10 +146,6 @@ def invent_packages(count: int, sections: tuple[str, ...] = ("utils",)) -> list[
     ]
 
 
-def list_sources(splits, split):
-    return {row["source"] for row in splits[split]}
-
-
 def test_stanzas_join_their_continuation_lines_and_end_at_an_empty_line():
     stanzas = list(parse_stanzas(PACKAGES.splitlines()))
     assert [stanza["Package"] for stanza in stanzas] == ["quern", "quern-doc", "orphan"]

@@ -106,7 +106,9 @@ def _build_prefix_arguments() -> type:
             continue
         default = None if source.name in _JSON_OPTIONS else source.default
         option_type = _OPTION_TYPES.get(source.name, source.type)
-        fields.append((source.name, option_type, field(default=default, metadata=dict(source.metadata))))
+        note = " As JSON." if source.name in _JSON_OPTIONS else ""
+        metadata = {**source.metadata, "help": f"{source.metadata['help']}{note}"}
+        fields.append((source.name, option_type, field(default=default, metadata=metadata)))
     return dataclasses.make_dataclass("PrefixArguments", fields, namespace={"__post_init__": _read_init_text})
 
 
@@ -137,7 +139,7 @@ def build_config(arguments: Any, **fields: Any) -> PrefixPlusConfig:
             try:
                 values[name] = json.loads(values[name])
             except json.JSONDecodeError as error:
-                raise ValueError(f"`{name}` must be a JSON object, got {values[name]!r} ({error}).") from error
+                raise ValueError(f"`{name}` must be JSON, got {values[name]!r} ({error}).") from error
     return PrefixPlusConfig(**values, **fields)
 
 
