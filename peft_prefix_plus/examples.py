@@ -136,8 +136,19 @@ def _read_json_lines(path: str) -> Iterable[Mapping[str, Any]]:
 
 def _read_csv(path: str) -> Iterable[Mapping[str, Any]]:
     with _open_text(path) as file:
-        for row in csv.DictReader(file):
-            yield {key: value for key, value in row.items() if value is not None}
+        reader = csv.DictReader(file)
+        try:
+            for row in reader:
+                if None in row:
+                    raise ValueError(
+                        f"{path}, line {reader.line_num} has more fields than the first line has columns. Put texts "
+                        "that contain commas between double quotes."
+                    )
+                yield {key: value for key, value in row.items() if value is not None}
+        except csv.Error as error:
+            raise ValueError(
+                f"{path} cannot be read as CSV behind line {reader.line_num} ({error}). JSON lines have no such limits."
+            ) from error
 
 
 def parse_row(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, prompt_template: str) -> Example:

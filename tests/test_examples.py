@@ -45,6 +45,25 @@ def test_every_format_becomes_an_example(tmp_path, tokenizer, row, expected):
     assert load_examples(write_rows(tmp_path / "rows.jsonl", [row, "", row]), tokenizer) == [expected, expected]
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("source,reference\na,b\nc,d, e\n", "line 3 has more fields"),
+        ("other,columns\na,b,c\n", "line 2 has more fields"),
+        (f"text\n{'a' * 200_000}\n", "cannot be read as CSV behind line 1"),
+    ],
+)
+def test_csv_that_would_lose_text_is_refused(tmp_path, tokenizer, text, message):
+    (tmp_path / "rows.csv").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        load_examples(str(tmp_path / "rows.csv"), tokenizer)
+
+
+def test_a_csv_with_an_index_column_is_read(tmp_path, tokenizer):
+    (tmp_path / "rows.csv").write_text(",source,reference\n0,a,b\n", encoding="utf-8")
+    assert load_examples(str(tmp_path / "rows.csv"), tokenizer) == [Example("a\n", ("b",))]
+
+
 def test_csv_equals_json_lines(tmp_path, tokenizer):
     (tmp_path / "rows.csv").write_text('prompt,completion\n"a, b",c\nd,"e\nf"\n', encoding="utf-8")
     rows = [{"prompt": "a, b", "completion": "c"}, {"prompt": "d", "completion": "e\nf"}]
