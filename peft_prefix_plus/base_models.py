@@ -62,6 +62,11 @@ def load_base_model(
     return model, tokenizer
 
 
+def choose_device() -> torch.device:
+    """Where a model computes in the least time: on the accelerator, if there is one."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
 def choose_fast_dtype() -> str:
     """The dtype that training takes the least time in.
 

@@ -147,7 +147,7 @@ def _read_csv(path: str) -> Iterable[Mapping[str, Any]]:
                 yield {key: value for key, value in row.items() if value is not None}
         except csv.Error as error:
             raise ValueError(
-                f"{path} cannot be read as CSV behind line {reader.line_num} ({error}). JSON lines have no such limits."
+                f"{path} cannot be read as CSV behind line {reader.line_num} ({error}). Write JSON lines instead."
             ) from error
 
 

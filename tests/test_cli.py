@@ -13,6 +13,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, T5Config, TrainingArguments
 
 from peft_prefix_plus import PrefixPlusConfig
+from peft_prefix_plus.cli.evaluate import load_adapter
 from peft_prefix_plus.cli.main import COMMANDS, main
 from peft_prefix_plus.cli.train import check_processes
 
@@ -206,6 +207,14 @@ def test_models_that_are_not_for_the_commands_are_named(train, tmp_path, capsys)
     train("--model_name_or_path", str(tmp_path / "t5"), status=1)
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert "'t5'" in last and "SEQ_2_SEQ_LM" in last
+
+
+def test_an_adapter_is_loaded_onto_the_accelerator(train, monkeypatch):
+    adapter = str(train())
+    assert load_adapter(adapter, None, "auto")[0].device == torch.device("cpu")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("meta"))
+    model, _ = load_adapter(adapter, None, "auto")
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
 
 
 def test_settings_of_sampling_without_sampling_are_refused(train, capsys):

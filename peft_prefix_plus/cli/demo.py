@@ -11,7 +11,7 @@ from typing import Any
 from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
-from ..base_models import WHEEL_MODEL, choose_fast_dtype, load_base_model, locate_tokenizer
+from ..base_models import WHEEL_MODEL, choose_device, choose_fast_dtype, load_base_model, locate_tokenizer
 from ..config import PrefixPlusConfig
 from ..evaluation import evaluate_model
 from ..examples import Example, load_examples
@@ -52,6 +52,7 @@ def run(words: Sequence[str]) -> None:
     adapter_dir = output_dir / "adapter"
     _say("1/6 loading the base model")
     model, tokenizer = load_base_model(arguments.model_name_or_path, arguments.dtype)
+    model.to(choose_device())
     data = files("peft_prefix_plus") / "demo_data"
     train_examples = load_examples(str(data / "train.jsonl"), tokenizer)
     test_examples = load_examples(str(data / "test.jsonl"), tokenizer, limit=arguments.max_eval_examples)
@@ -127,7 +128,8 @@ def _generate_with_saved(
     prompts = [example.prompt for example in examples]
     expected = generate_texts(trained, tokenizer, prompts, max_new_tokens=64)
     base, tokenizer = load_base_model(arguments.model_name_or_path, arguments.dtype)
-    loaded = PeftModel.from_pretrained(base, str(adapter_dir))
+    # On another device, rounding could choose another token.
+    loaded = PeftModel.from_pretrained(base.to(trained.device), str(adapter_dir))
     texts = generate_texts(loaded, tokenizer, prompts, max_new_tokens=64)
     if texts != expected:
         raise ValueError(f"The loaded adapter writes {texts}, the trained one {expected}.")

@@ -9,7 +9,7 @@ from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import PreTrainedTokenizerBase
 
-from ..base_models import load_base_model
+from ..base_models import choose_device, load_base_model
 from ..config import PrefixPlusConfig
 from ..evaluation import evaluate_model
 from ..examples import load_examples
@@ -41,7 +41,7 @@ class EvaluateArguments:
 
 
 def load_adapter(adapter: str, model_name: str | None, dtype: str) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-    """Load an adapter onto its base model, or onto another one of the same shape.
+    """Load an adapter onto its base model, or onto another one of the same shape, on the accelerator if there is one.
 
     Raises:
         ValueError: if there is no such adapter, or neither the caller nor the adapter names the base model.
@@ -59,7 +59,7 @@ def load_adapter(adapter: str, model_name: str | None, dtype: str) -> tuple[Peft
     if not name:
         raise ValueError(f"The adapter {adapter!r} does not say what its base model is; use --model_name_or_path.")
     model, tokenizer = load_base_model(name, dtype, revision)
-    return PeftModel.from_pretrained(model, adapter), tokenizer
+    return PeftModel.from_pretrained(model.to(choose_device()), adapter), tokenizer
 
 
 def format_comparison(columns: Mapping[str, Mapping[str, float]]) -> str:
