@@ -70,6 +70,8 @@ def _write_snippet(
     generates = model_class in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
     place = "" if subfolder is None else f", subfolder={json.dumps(subfolder)}"
     adapter = json.dumps(repo_id or "user/repository")
+    revision = _find_revision(attributes, base_model)
+    base = "base_model" if revision is None else f"base_model, revision={json.dumps(revision)}"
     lines = [
         "```python",
         "import peft_prefix_plus  # registers the method",
@@ -78,23 +80,30 @@ def _write_snippet(
         "",
         f"base_model = {json.dumps(base_model or 'path/of/the/base/model')}",
         f"adapter = {adapter}" + ("" if repo_id else "  # or a directory"),
-        f"model = {model_class}.from_pretrained(base_model)",
+        f"model = {model_class}.from_pretrained({base})",
         f"model = PeftModel.from_pretrained(model, adapter{place})",
     ]
     if generates:
         lines += [
             "",
-            "tokenizer = AutoTokenizer.from_pretrained(base_model)",
+            f"tokenizer = AutoTokenizer.from_pretrained({base})",
             'inputs = tokenizer("Your input", return_tensors="pt")',
             "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0], skip_special_tokens=True))",
         ]
     return [*lines, "```"]
 
 
+def _find_revision(attributes: Mapping[str, Any], base_model: str | None) -> str | None:
+    """The revision of a base model on the Hub that the adapter is for, if it names one."""
+    revision = attributes.get("revision")
+    return revision if base_model and isinstance(revision, str) and revision else None
+
+
 def _write_facts(attributes: Mapping[str, Any], base_model: str | None, num_trained: int | None) -> list[str]:
     link = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "not on the Hub"
+    revision = _find_revision(attributes, base_model)
     lines = [
-        f"- Base model: {link}",
+        f"- Base model: {link}" + ("" if revision is None else f", revision {_quote(revision)}"),
         f"- Prefix length: {attributes.get('num_virtual_tokens')} virtual tokens per layer",
     ]
     if attributes.get("num_virtual_tokens_pattern"):

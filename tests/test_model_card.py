@@ -88,6 +88,17 @@ def test_the_card_tells_what_the_prefix_is(tmp_path):
     assert {"peft", "peft_prefix_plus", "prefix-tuning", "base_model:adapter:owner/base"} <= set(data.tags)
 
 
+def test_the_card_names_the_revision_of_the_base_model(tmp_path):
+    config = PrefixPlusConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    get_peft_model(build_named("owner/base"), config, revision="v`1").save_pretrained(tmp_path)
+    text = read(tmp_path)
+    assert text.count('from_pretrained(base_model, revision="v`1")') == 2
+    assert "(https://huggingface.co/owner/base), revision `v'1`\n" in text
+    write_configuration(tmp_path, base_model_name_or_path="owner/base", revision=["v1"])
+    update_model_card(str(tmp_path))
+    assert "revision" not in split_at_marks(read(tmp_path))[1]
+
+
 @pytest.mark.parametrize("adapter_name", ["default", "ferries"])
 def test_the_code_in_the_card_runs(adapter_name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
