@@ -248,6 +248,31 @@ def test_yaml_options_without_a_value_are_named(train, tmp_path, capsys, option)
     assert f"gives no value to {option}" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
+def test_one_prompt_in_yaml_is_one_prompt(train, tmp_path, capsys):
+    adapter = str(train())
+    path = tmp_path / "options.yaml"
+    path.write_text("prompt: 1 plus 1\nmax_new_tokens: 3\n")
+    capsys.readouterr()
+    assert main(["generate", "--adapter", adapter, "--config", str(path)]) == 0
+    given = capsys.readouterr().out
+    assert main(["generate", "--adapter", adapter, "--prompt", "1 plus 1", "--max_new_tokens", "3"]) == 0
+    assert given == capsys.readouterr().out
+
+
+def test_a_regular_expression_in_yaml_stays_one(train, tmp_path):
+    path = tmp_path / "options.yaml"
+    path.write_text(r"target_modules: .*\.1\.self_attn" + "\nmodules_to_save: norm\n")
+    config = json.loads((train("--config", str(path)) / "adapter_config.json").read_text())
+    assert config["target_modules"] == r".*\.1\.self_attn" and config["modules_to_save"] == ["norm"]
+
+
+def test_a_wrong_word_gives_few_lines(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--max_steps", "many"])
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) < 4 and "--max_steps" in lines[-1]
+
+
 def test_yaml_numbers_that_stand_for_text_are_text(train, tmp_path, tiny_model_dir):
     path = tmp_path / "options.yaml"
     path.write_text("prefix_init_text: 12\n")

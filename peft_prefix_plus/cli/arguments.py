@@ -24,6 +24,8 @@ _OPTION_TYPES: dict[str, Any] = {
     "trainable_token_indices": str | None,
 }
 _JSON_OPTIONS = ("num_virtual_tokens_pattern", "tokenizer_kwargs", "trainable_token_indices")
+# One text is a regular expression here, not a list of names.
+_EXPRESSION_OPTIONS = ("target_modules", "exclude_modules")
 _NOT_OPTIONS = {field.name for field in dataclasses.fields(PrefixPlusConfig.__mro__[1])} | {"prefix_is_initialized"}
 
 
@@ -172,6 +174,9 @@ def parse_arguments(
         formatter_class=_HelpFormatter,
     )
     parser.add_argument("--config", help="YAML file with any of these options; the command line wins.")
+    needed = [f"{action.option_strings[0]} {action.dest.upper()} " for action in parser._actions if action.required]
+    # Not all options, which for `train` are more than a hundred and would stand in front of each error.
+    parser.usage = f"prefix-plus {command} {''.join(needed)}[options]"
     parser.set_defaults(**(defaults or {}))
     path = _find_yaml_file(words)
     if path is not None:
@@ -191,7 +196,7 @@ def _find_yaml_file(words: Sequence[str]) -> str | None:
 
 
 def read_yaml_options(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
-    """Read the options of a parser from a YAML file; numbers that stand for text become text.
+    """Read the options of a parser from a YAML file; numbers that stand for text become text, and one text a list.
 
     Raises:
         ValueError: if it is not a mapping of known options, or leaves one empty that has to have a value.
@@ -211,5 +216,8 @@ def read_yaml_options(path: str, parser: argparse.ArgumentParser) -> dict[str, A
         if value is None and known[name].default is not None:
             raise ValueError(f"{path} gives no value to {name}. Leave the line out for the default.")
         if known[name].type is str and type(value) in (int, float):
-            options[name] = str(value)
+            value = str(value)
+        if known[name].nargs == "+" and isinstance(value, str) and name not in _EXPRESSION_OPTIONS:
+            value = [value]
+        options[name] = value
     return options
