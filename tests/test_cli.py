@@ -110,6 +110,9 @@ def test_options_that_a_command_needs_may_be_in_the_yaml_file(train, data, tmp_p
     with pytest.raises(SystemExit):
         main([command, "--config", str(path)])
     assert "required: --adapter" in capsys.readouterr().err
+    path.write_text("adapter: null\n")
+    assert main([command, "--config", str(path)]) == 1
+    assert "gives no value to adapter. The command needs one" in capsys.readouterr().err
 
 
 @in_client

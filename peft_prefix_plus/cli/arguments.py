@@ -213,8 +213,9 @@ def read_yaml_options(path: str, parser: argparse.ArgumentParser) -> dict[str, A
     if unknown:
         raise ValueError(f"{path} has options that the command does not know: {', '.join(unknown)}.")
     for name, value in options.items():
-        if value is None and known[name].default is not None:
-            raise ValueError(f"{path} gives no value to {name}. Leave the line out for the default.")
+        if value is None and (known[name].required or known[name].default is not None):
+            remedy = "The command needs one." if known[name].required else "Leave the line out for the default."
+            raise ValueError(f"{path} gives no value to {name}. {remedy}")
         if known[name].type is str and type(value) in (int, float):
             value = str(value)
         if known[name].nargs == "+" and isinstance(value, str) and name not in _EXPRESSION_OPTIONS:
