@@ -5,7 +5,10 @@ import json
 import re
 import unicodedata
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
+
+from torch import Tensor
 
 from .peft_type import MEMBER_NAME
 
@@ -17,7 +20,7 @@ _MODEL_CLASSES = {
     "TOKEN_CLS": "AutoModelForTokenClassification",
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
 }
-_NOT_RESULTS = ("epoch", "runtime", "samples_per_second", "steps_per_second")
+_NOT_RESULTS = ("epoch", "model_preparation_time", "runtime", "samples_per_second", "steps_per_second")
 
 
 def write_section(
@@ -26,7 +29,7 @@ def write_section(
     repo_id: str | None,
     subfolder: str | None,
     num_trained: int | None,
-    metrics: Mapping[str, float],
+    metrics: Mapping[str, Any],
 ) -> str:
     """Write what a card says about a prefix.
 
@@ -143,11 +146,17 @@ def _write_text(text: object) -> list[str]:
     return ["", f"The text that the prefix started as{rest}:", "", *lines]
 
 
-def _write_results(metrics: Mapping[str, float]) -> list[str]:
+def _write_results(metrics: Mapping[str, Any]) -> list[str]:
     names = {name: name.removeprefix("eval_") for name in metrics}
     shown = {names[name]: value for name, value in metrics.items() if names[name] not in _NOT_RESULTS}
-    lines = [f"- {_quote(name)}: {value:.4g}" for name, value in shown.items() if isinstance(value, int | float)]
+    numbers = {name: value.item() if _is_scalar(value) else value for name, value in shown.items()}
+    # Those of numpy are, too.
+    lines = [f"- {_quote(name)}: {value:.4g}" for name, value in numbers.items() if isinstance(value, Real)]
     return ["", "Results:", "", *lines] if lines else []
+
+
+def _is_scalar(value: object) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 0
 
 
 def _quote(value: object) -> str:

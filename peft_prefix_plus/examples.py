@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TextIO
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 try:
@@ -48,11 +49,23 @@ class Example:
         for reference in self.references:
             if not isinstance(reference, str) or not reference.strip():
                 raise ValueError(f"every completion must be a string that is not empty, got {reference!r}.")
+        for text in (self.prompt, *self.references):
+            check_characters(text)
         object.__setattr__(self, "references", tuple(self.references))
 
 
+def check_characters(text: str) -> None:
+    """Raise a `ValueError` if a text holds half a character, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"half a character (a surrogate) stands at position {error.start} of {text!r:.200}."
+        ) from error
+
+
 def load_examples(
-    path: str,
+    path: str | os.PathLike[str],
     tokenizer: PreTrainedTokenizerBase,
     split: str = "train",
     prompt_template: str = "{source}\n",
@@ -61,7 +74,8 @@ def load_examples(
     """Read examples from a file or from a data set of the Hugging Face Hub.
 
     Args:
-        path (`str`): a `.jsonl`, `.json` or `.csv` file, or the id or the directory of a data set for `datasets`.
+        path (`str` or `os.PathLike`): a `.jsonl`, `.json` or `.csv` file, or the id or the directory of a data set for
+            `datasets`.
         tokenizer (`PreTrainedTokenizerBase`): renders chat messages.
         split (`str`): split of such a data set.
         prompt_template (`str`): turns a `source` into a prompt.
@@ -73,7 +87,10 @@ def load_examples(
     Raises:
         ValueError: naming the file, the row and what it should hold, if a row cannot be used.
     """
+    path = os.fspath(path)
     check_template(prompt_template)
+    if limit is not None and limit < 1:
+        raise ValueError(f"`limit` must be at least 1, got {limit}.")
     rows = read_rows(path, split)
     examples: list[Example] = []
     for number, row in enumerate(rows, start=1):
@@ -97,7 +114,7 @@ def check_template(prompt_template: str) -> None:
 def read_rows(path: str, split: str = "train") -> Iterable[Mapping[str, Any]]:
     """Yield the rows of a JSON lines or CSV file, or of a data set that the library `datasets` loads."""
     if os.path.isfile(path):
-        return _read_csv(path) if path.endswith(".csv") else _read_json_lines(path)
+        return _read_csv(path) if path.lower().endswith(".csv") else _read_json_lines(path)
     if path.endswith((".jsonl", ".json", ".csv")):
         raise ValueError(f"There is no file {path!r}. Expected a .jsonl or .csv file, or the id of a data set.")
     if load_dataset is None:
@@ -136,7 +153,7 @@ def _read_json_lines(path: str) -> Iterable[Mapping[str, Any]]:
 
 def _read_csv(path: str) -> Iterable[Mapping[str, Any]]:
     with _open_text(path) as file:
-        reader = csv.DictReader(file)
+        reader = csv.DictReader(file, strict=True)
         try:
             for row in reader:
                 if None in row:
@@ -183,7 +200,10 @@ def _parse_messages(messages: Any, tokenizer: PreTrainedTokenizerBase) -> Exampl
         )
     if tokenizer.chat_template is None:
         raise ValueError("`messages` need a tokenizer with a chat template; use 'prompt' and 'completion' instead.")
-    prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+    try:
+        prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        raise ValueError(f"the model's chat template refuses the `messages`: {error}") from error
     return Example(prompt, (messages[-1]["content"],))
 
 
@@ -206,6 +226,8 @@ def tokenize_examples(
     """
     if max_length < 2:
         raise ValueError(f"`max_length` must be at least 2, a token to read and one to predict, got {max_length}.")
+    if tokenizer.eos_token_id is None:
+        raise ValueError("The tokenizer has no token that ends a text, which completions need; set its `eos_token`.")
     prompts = tokenize_prompts([example.prompt for example in examples], tokenizer)
     return [
         _join_tokens(prompt_ids, reference, tokenizer, max_length)

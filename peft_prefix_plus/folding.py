@@ -46,7 +46,8 @@ def fold_adapter(adapter_dir: str, output_dir: str) -> str:
     output_path = os.path.join(output_dir, SAFETENSORS_WEIGHTS_NAME)
     save_file({key: tensor.contiguous() for key, tensor in folded.items()}, output_path, metadata={"format": "pt"})
     readme = os.path.join(adapter_dir, CARD_NAME)
-    if os.path.isfile(readme):
+    # A card that stands there keeps its text, as it does whenever an adapter is saved.
+    if os.path.isfile(readme) and not os.path.exists(os.path.join(output_dir, CARD_NAME)):
         shutil.copy(readme, output_dir)
     dataclasses.replace(config, projection="none").save_pretrained(output_dir)
     return output_path

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .architectures.devices import find_device
 from .examples import IGNORED_LABEL, Example, tokenize_examples, tokenize_prompts
 
 
@@ -66,11 +67,12 @@ def measure_losses(
     Returns:
         `list[ExampleLoss]`: in the order of the examples.
     """
+    _check_batch_size(batch_size)
     inputs = tokenize_examples(examples, tokenizer, max_length)
     owners = [index for index, example in enumerate(examples) for _ in example.references]
     totals, counts = [0.0] * len(examples), [0] * len(examples)
     order = sorted(range(len(inputs)), key=lambda index: len(inputs[index]["input_ids"]))
-    device = next(model.parameters()).device
+    device = find_device(model)
     with _evaluating(model):
         for start in tqdm(range(0, len(order), batch_size), desc="loss", disable=not show_progress):
             indices = order[start : start + batch_size]
@@ -110,22 +112,25 @@ def generate_texts(
         prompts (`Sequence[str]`): texts; an empty one starts at the beginning of a sequence.
         batch_size (`int`): prompts per batch.
         show_progress (`bool`): show a progress bar.
-        **generation_kwargs: passed to `generate`; greedy search with 128 new tokens unless they say otherwise.
+        **generation_kwargs: passed to `generate`; greedy search with 128 new tokens unless they, or a
+            `generation_config` among them, say otherwise.
 
     Returns:
         `list[str]`: the continuations, in the order of the prompts, without special tokens.
     """
-    settings: dict[str, object] = {
-        "max_new_tokens": 128,
-        "do_sample": False,
-        "eos_token_id": _list_end_tokens(model, tokenizer),
-        **generation_kwargs,
-    }
+    _check_batch_size(batch_size)
+    if isinstance(prompts, str):
+        raise ValueError(f"`prompts` must be a list of texts, got {prompts!r:.200}.")
+    config = generation_kwargs.get("generation_config", model.generation_config)
+    settings: dict[str, object] = {"eos_token_id": _list_end_tokens(config, tokenizer), **generation_kwargs}
+    if "generation_config" not in settings:
+        lengths = {} if "max_length" in settings else {"max_new_tokens": 128}
+        settings = {**lengths, "do_sample": False, **settings}
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     ids = tokenize_prompts(prompts, tokenizer)
     order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
     texts = [""] * len(ids)
-    device = next(model.parameters()).device
+    device = find_device(model)
     with _evaluating(model):
         for start in tqdm(range(0, len(order), batch_size), desc="generate", disable=not show_progress):
             indices = order[start : start + batch_size]
@@ -138,9 +143,14 @@ def generate_texts(
     return texts
 
 
-def _list_end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end a text for the model, and the one that training puts behind every completion."""
-    own = model.generation_config.eos_token_id
+def _check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+
+
+def _list_end_tokens(config: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end a text in generation, and the one that training puts behind every completion."""
+    own = config.eos_token_id
     listed = own if isinstance(own, list) else [own]
     return sorted({token_id for token_id in (*listed, tokenizer.eos_token_id) if token_id is not None})
 

@@ -1,5 +1,6 @@
 """Scores of generated text, as modules of the library `evaluate` that need no download."""
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -7,6 +8,7 @@ import datasets
 import evaluate
 import sacrebleu
 from rouge_score.rouge_scorer import RougeScorer
+from rouge_score.tokenizers import Tokenizer
 
 _FEATURES = datasets.Features(
     {"predictions": datasets.Value("string"), "references": datasets.Sequence(datasets.Value("string"))}
@@ -48,14 +50,21 @@ class Chrf(_TextMetric):
         return {"chrf": _score_corpus(sacrebleu.corpus_chrf, predictions, references)}
 
 
+class _WordTokenizer(Tokenizer):
+    """Words of letters and digits of every script; rouge-score's own knows those of ASCII, and drops the others."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return re.findall(r"[^\W_]+", text.lower())
+
+
 class RougeL(_TextMetric):
-    """Mean ROUGE-L F-measure against the best reference of each prediction, in percent."""
+    """Mean ROUGE-L F-measure against the best reference of each prediction, in percent, in every script."""
 
     description = "ROUGE-L F-measure (rouge-score), best reference."
     citation = "Lin 2004, https://aclanthology.org/W04-1013"
 
     def _compute(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-        scorer = RougeScorer(["rougeL"], use_stemmer=False)
+        scorer = RougeScorer(["rougeL"], tokenizer=_WordTokenizer())
         scores = [
             scorer.score_multi(list(targets), prediction)["rougeL"].fmeasure
             for prediction, targets in zip(predictions, references, strict=True)
@@ -79,12 +88,18 @@ def compute_text_metrics(predictions: Sequence[str], references: Sequence[Sequen
 
     Returns:
         `dict[str, float]`: `bleu`, `chrf` and `rouge_l`, each in percent.
+
+    Raises:
+        ValueError: if there are none, their numbers differ, or a prediction has no list of references.
     """
     if not predictions or len(predictions) != len(references):
         raise ValueError(
             f"Expected one list of references per prediction and at least one of each, got {len(predictions)} "
             f"predictions and {len(references)} lists of references."
         )
+    for number, targets in enumerate(references, start=1):
+        if isinstance(targets, str) or not targets:
+            raise ValueError(f"Expected a list of at least one reference for prediction {number}, got {targets!r}.")
     scores: dict[str, float] = {}
     for metric in (Bleu(), Chrf(), RougeL()):
         scores.update(

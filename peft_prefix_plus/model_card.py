@@ -16,6 +16,7 @@ from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
+from .base_models import WHEEL_MODEL
 from .card_text import replace_controls, write_section
 from .peft_type import MEMBER_NAME
 from .weights import read_tensor_infos
@@ -147,8 +148,8 @@ def _count_trained(weights_path: str) -> int:
 
 
 def is_hub_model(name: object) -> bool:
-    """Whether a name can be that of a model on the Hub: it has the form, and is no directory of this machine."""
-    if not isinstance(name, str) or os.path.exists(name):
+    """Whether a name can be that of a model on the Hub: it has the form, and no other meaning on this machine."""
+    if not isinstance(name, str) or name == WHEEL_MODEL or os.path.exists(name):
         return False
     try:
         validate_repo_id(name)
@@ -180,7 +181,7 @@ def _update_metadata(card: ModelCard, base_model: str | None, task_type: object,
         card.data["library_name"] = library_name
     if task_type == "CAUSAL_LM" and not card.data.get("pipeline_tag"):
         card.data["pipeline_tag"] = "text-generation"
-    tags = [tag for tag in card.data.get("tags") or [] if not _names_directory(tag)]
+    tags = [tag for tag in map(str, card.data.get("tags") or []) if not _names_directory(tag)]
     card.data["tags"] = tags + [tag for tag in TAGS if tag not in tags]
 
 

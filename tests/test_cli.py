@@ -269,6 +269,23 @@ def test_a_regular_expression_in_yaml_stays_one(train, tmp_path):
     assert config["target_modules"] == r".*\.1\.self_attn" and config["modules_to_save"] == ["norm"]
 
 
+@pytest.mark.parametrize(
+    "text", ["prompt:\n- ferry: Puffin", "prompt: [yes]", "prompt_template: true", "dtype: off", "adapter: 2024-01-01"]
+)
+def test_yaml_that_is_no_text_where_one_is_needed_is_named(tmp_path, capsys, text):
+    path = tmp_path / "options.yaml"
+    path.write_text(f"{text}\n")
+    assert main(["generate", "--adapter", "somewhere", "--config", str(path)]) == 1
+    error = capsys.readouterr().err
+    assert "which is no text. Put texts between quotes" in error and text.partition(":")[0] in error
+
+
+def test_yaml_of_the_trainer_may_say_no_and_hold_mappings(train, tmp_path):
+    path = tmp_path / "options.yaml"
+    path.write_text("save_strategy: no\nlr_scheduler_kwargs: {}\nreport_to: [none]\n")
+    assert not list(train("--config", str(path)).glob("checkpoint-*"))
+
+
 def test_a_wrong_word_gives_few_lines(capsys):
     with pytest.raises(SystemExit):
         main(["train", "--max_steps", "many"])

@@ -4,12 +4,14 @@ import math
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from helpers import add_prefix, perturb
 from peft import PromptTuningConfig, get_peft_model
 from tiny_models import build_chat_tokenizer, build_model
+from transformers import GenerationConfig
 
 from peft_prefix_plus.evaluation import evaluate_model
-from peft_prefix_plus.examples import Example, tokenize_examples
+from peft_prefix_plus.examples import Example, tokenize_examples, tokenize_prompts
 from peft_prefix_plus.inference import compute_loss, generate_texts, measure_losses
 
 EXAMPLES = [Example("ab", ("cd", "efg")), Example("a longer prompt", ("x",)), Example("", ("plain text",))]
@@ -62,6 +64,33 @@ def test_generated_texts_keep_the_order_and_do_not_depend_on_the_batch(model, to
     prompts = ["a longer prompt", "ab", "", "mid-size"]
     alone = [generate_texts(model, tokenizer, [prompt], max_new_tokens=8)[0] for prompt in prompts]
     assert generate_texts(model, tokenizer, prompts, batch_size=3, max_new_tokens=8) == alone
+
+
+def test_the_caller_decides_how_long_texts_become(model, tokenizer):
+    texts = generate_texts(model, tokenizer, ["ab"], max_new_tokens=3)
+    config = GenerationConfig(max_new_tokens=3, do_sample=False)
+    assert generate_texts(model, tokenizer, ["ab"], generation_config=config) == texts
+    length = len(tokenize_prompts(["ab"], tokenizer)[0]) + 3
+    assert generate_texts(model, tokenizer, ["ab"], max_length=length) == texts
+
+
+@pytest.mark.parametrize("function", [compute_loss, generate_texts])
+def test_a_batch_size_without_examples_is_refused(model, tokenizer, function):
+    with pytest.raises(ValueError, match="`batch_size` must be at least 1, got -1"):
+        function(model, tokenizer, EXAMPLES, batch_size=-1)
+
+
+def test_one_text_is_no_list_of_prompts(model, tokenizer):
+    with pytest.raises(ValueError, match="must be a list of texts, got 'ab'"):
+        generate_texts(model, tokenizer, "ab")
+
+
+def test_an_offloaded_model_is_evaluated(model, tokenizer):
+    losses = measure_losses(model, tokenizer, EXAMPLES)
+    texts = generate_texts(model, tokenizer, ["ab"], max_new_tokens=3)
+    cpu_offload(model, torch.device("cpu"))
+    assert measure_losses(model, tokenizer, EXAMPLES) == losses
+    assert generate_texts(model, tokenizer, ["ab"], max_new_tokens=3) == texts
 
 
 def test_evaluation_leaves_the_mode_alone_and_reports_every_score(model, tokenizer):

@@ -50,6 +50,8 @@ def test_every_format_becomes_an_example(tmp_path, tokenizer, row, expected):
     [
         ("source,reference\na,b\nc,d, e\n", "line 3 has more fields"),
         ("other,columns\na,b,c\n", "line 2 has more fields"),
+        ('source,reference\na,"b\nc,d\n', "unexpected end of data"),
+        ('source,reference\na,"b" said he\n', "cannot be read as CSV behind line 1"),
         (f"text\n{'a' * 200_000}\n", "cannot be read as CSV behind line 1"),
     ],
 )
@@ -136,6 +138,21 @@ def test_chat_needs_a_template(tmp_path, tokenizer):
         load_examples(write_rows(tmp_path / "rows.jsonl", [row]), bare)
 
 
+def test_a_chat_that_the_template_refuses_is_named_with_its_row(tmp_path):
+    strict = build_chat_tokenizer()
+    strict.chat_template = "{{ raise_exception('no system role') }}"
+    row = {"messages": [{"role": "system", "content": "hi"}, {"role": "assistant", "content": "ho"}]}
+    with pytest.raises(ValueError, match=r"row 1: the model's chat template refuses .* no system role"):
+        load_examples(write_rows(tmp_path / "rows.jsonl", [row]), strict)
+
+
+def test_a_tokenizer_that_ends_no_text_is_named():
+    endless = build_chat_tokenizer()
+    endless.eos_token = None
+    with pytest.raises(ValueError, match="no token that ends a text"):
+        tokenize_examples([Example("a", ("b",))], endless)
+
+
 def test_the_loss_is_on_the_completion_and_the_end_of_sequence(tokenizer):
     (row,) = tokenize_examples([Example("ab", ("cde",))], tokenizer)
     assert tokenizer.decode(row["input_ids"]) == "abcde</s>"
@@ -171,6 +188,7 @@ def test_prompts_begin_as_the_tokenizer_begins_every_text_and_are_open_at_the_en
         (("a", ()), "at least one"),
         (("a", ("b", " ")), "not empty"),
         (("a", ("b", None)), "None"),
+        (("a \ud83d", ("b",)), "half a character .* at position 2"),
     ],
 )
 def test_an_example_that_would_not_be_what_was_meant_is_refused(fields, part):

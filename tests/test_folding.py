@@ -155,6 +155,13 @@ def test_folding_on_disk_leaves_the_adapter_alone(adapter_dir, tmp_path):
     assert "- Projection: `none`\n" in card and "- Projection: `mlp`" in before["README.md"].decode()
 
 
+def test_folding_on_disk_keeps_a_card_that_is_there(adapter_dir, tmp_path):
+    (tmp_path / "README.md").write_text("# Mine\n\nprecious\n")
+    fold_adapter(str(adapter_dir), str(tmp_path))
+    card = (tmp_path / "README.md").read_text()
+    assert "# Mine\n\nprecious\n" in card and "- Projection: `none`\n" in card
+
+
 def test_other_saved_modules_are_kept(tmp_path):
     model = add_prefix(build_model("llama"), modules_to_save=["norm"])
     perturb(model)

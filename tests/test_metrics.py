@@ -3,6 +3,7 @@
 import evaluate
 import pytest
 import sacrebleu
+from rouge_score.rouge_scorer import RougeScorer
 
 from peft_prefix_plus.metrics import Bleu, Chrf, RougeL, compute_text_metrics
 
@@ -30,6 +31,24 @@ def test_a_perfect_prediction_scores_100_and_a_foreign_one_0():
 
 def test_rouge_takes_the_best_reference():
     assert RougeL().compute(predictions=["a b"], references=[["c d", "a b"]]) == {"rouge_l": 100.0}
+
+
+def test_rouge_reads_every_script_and_english_as_the_library_does():
+    assert RougeL().compute(predictions=["Быстрый лис"], references=[["быстрый лис!"]]) == {"rouge_l": 100.0}
+    assert RougeL().compute(predictions=["été élevé"], references=[["ôté plevé"]]) == {"rouge_l": 0.0}
+    pairs = [
+        ("The cat-sat, on_a mat 12.5", "a CAT sat 12"),
+        *zip(PREDICTIONS, (r[0] for r in REFERENCES), strict=True),
+    ]
+    for prediction, reference in pairs:
+        expected = RougeScorer(["rougeL"]).score(reference, prediction)["rougeL"].fmeasure
+        assert RougeL().compute(predictions=[prediction], references=[[reference]])["rouge_l"] == 100.0 * expected
+
+
+@pytest.mark.parametrize("references", [["the cat"], [[]]])
+def test_references_that_are_no_list_are_refused(references):
+    with pytest.raises(ValueError, match="at least one reference for prediction 1"):
+        compute_text_metrics(["the cat"], references)
 
 
 @pytest.mark.parametrize("metric", [Bleu, Chrf, RougeL])

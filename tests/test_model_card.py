@@ -5,7 +5,9 @@ import os
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from behaviours.hub_server import find_card_problems
 from helpers import add_prefix, add_second
 from huggingface_hub import ModelCard
@@ -285,6 +287,26 @@ def test_the_console_script_leaves_a_card_with_results(tiny_model_dir, tmp_path)
     _, section, _ = split_at_marks(text)
     assert "    Add the numbers:\n" in section and re.search(r"- `loss`: \d", section)
     assert tiny_model_dir not in text and find_card_problems(text) == []
+
+
+def test_the_name_of_the_wheel_is_no_model_of_the_hub(tmp_path):
+    add_prefix(build_named("smollm2-wheel")).save_pretrained(tmp_path)
+    text = read(tmp_path)
+    assert "smollm2-wheel" not in text and "- Base model: not on the Hub\n" in text
+
+
+def test_results_of_every_library_are_shown(tmp_path):
+    write_configuration(tmp_path)
+    metrics = {"a": np.float32(0.5), "b": torch.tensor(2), "c": np.int64(3), "eval_model_preparation_time": 0.1}
+    update_model_card(str(tmp_path), metrics | {"many": torch.zeros(2), "text": "x"})
+    assert split_at_marks(read(tmp_path))[1].endswith("Results:\n\n- `a`: 0.5\n- `b`: 2\n- `c`: 3\n\n")
+
+
+def test_tags_that_are_numbers_stay(tmp_path):
+    write_configuration(tmp_path)
+    (tmp_path / "README.md").write_text("---\ntags: [2024, foo]\n---\n# Mine\n")
+    update_model_card(str(tmp_path))
+    assert read_card(tmp_path).data.tags[:2] == ["2024", "foo"]
 
 
 def test_results_are_shown_until_the_weights_may_have_changed(tmp_path):

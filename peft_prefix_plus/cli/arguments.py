@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments
 
 from ..base_models import WHEEL_MODEL
 from ..config import PrefixPlusConfig
@@ -24,6 +24,7 @@ _OPTION_TYPES: dict[str, Any] = {
     "trainable_token_indices": str | None,
 }
 _JSON_OPTIONS = ("num_virtual_tokens_pattern", "tokenizer_kwargs", "trainable_token_indices")
+_TRAINING_OPTIONS = {field.name for field in dataclasses.fields(TrainingArguments)}
 # One text is a regular expression here, not a list of names.
 _EXPRESSION_OPTIONS = ("target_modules", "exclude_modules")
 _NOT_OPTIONS = {field.name for field in dataclasses.fields(PrefixPlusConfig.__mro__[1])} | {"prefix_is_initialized"}
@@ -216,9 +217,24 @@ def read_yaml_options(path: str, parser: argparse.ArgumentParser) -> dict[str, A
         if value is None and (known[name].required or known[name].default is not None):
             remedy = "The command needs one." if known[name].required else "Leave the line out for the default."
             raise ValueError(f"{path} gives no value to {name}. {remedy}")
-        if known[name].type is str and type(value) in (int, float):
-            value = str(value)
-        if known[name].nargs == "+" and isinstance(value, str) and name not in _EXPRESSION_OPTIONS:
-            value = [value]
-        options[name] = value
+        options[name] = _read_yaml_value(value, known[name], path)
     return options
+
+
+def _read_yaml_value(value: Any, action: argparse.Action, path: str) -> Any:
+    """Bring a value to the type of an option, where YAML means something else by what a command line says."""
+    name = action.dest
+    if value is False and "no" in (action.choices or ()):
+        # YAML reads `save_strategy: no` as a truth value.
+        return "no"
+    if action.nargs == "+" and not isinstance(value, list) and name not in _EXPRESSION_OPTIONS:
+        value = value if value is None else [value]
+    if action.type is not str or name in _JSON_OPTIONS:
+        return value
+    is_list = isinstance(value, list) and action.nargs == "+"
+    items = [str(item) if type(item) in (int, float) else item for item in (value if is_list else [value])]
+    for item in items:
+        # Some of the Trainer's take a mapping or a list as well.
+        if not isinstance(item, str | None) and name not in _TRAINING_OPTIONS:
+            raise ValueError(f"{path} gives {name} the value {item!r}, which is no text. Put texts between quotes.")
+    return items if is_list else items[0]

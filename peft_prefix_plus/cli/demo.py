@@ -18,7 +18,7 @@ from ..examples import Example, load_examples
 from ..inference import generate_texts
 from ..plotting import plot_loss_curve
 from ..report import build_report
-from .arguments import parse_arguments
+from .arguments import check_minimum, parse_arguments
 from .evaluate import format_comparison
 from .train import DEFAULTS, build_trainer
 
@@ -40,6 +40,9 @@ class DemoArguments:
     max_steps: int = field(default=60, metadata={"help": "Training steps."})
     max_eval_examples: int = field(default=32, metadata={"help": "Held-out examples to score."})
     seed: int = field(default=0, metadata={"help": "Seed of the training."})
+
+    def __post_init__(self) -> None:
+        check_minimum(self, 1, "max_steps", "max_eval_examples")
 
 
 def run(words: Sequence[str]) -> None:

@@ -28,7 +28,7 @@ class EvaluateArguments:
     max_eval_examples: int | None = field(default=None, metadata={"help": "Use only that many rows."})
     prompt_template: str = field(default=r"{source}\n", metadata={"help": "Turns the source of a row into a prompt."})
     batch_size: int = field(default=16, metadata={"help": "Examples per batch."})
-    max_length: int = field(default=1024, metadata={"help": "Longest input in tokens."})
+    max_length: int = field(default=1024, metadata={"help": "Longest input of the loss in tokens."})
     max_new_tokens: int = field(default=128, metadata={"help": "Longest generated text in tokens."})
     output_file: str | None = field(default=None, metadata={"help": "Also write scores and texts there, as JSON."})
 
