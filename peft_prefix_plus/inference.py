@@ -117,16 +117,25 @@ def generate_texts(
 
     Returns:
         `list[str]`: the continuations, in the order of the prompts, without special tokens.
+
+    Raises:
+        ValueError: if `prompts` is one text, `batch_size` is less than 1, or several texts a prompt are asked for.
     """
     _check_batch_size(batch_size)
     if isinstance(prompts, str):
         raise ValueError(f"`prompts` must be a list of texts, got {prompts!r:.200}.")
-    config = generation_kwargs.get("generation_config", model.generation_config)
-    settings: dict[str, object] = {"eos_token_id": _list_end_tokens(config, tokenizer), **generation_kwargs}
+    config: Any = generation_kwargs.get("generation_config", model.generation_config)
+    if (generation_kwargs.get("num_return_sequences") or config.num_return_sequences or 1) != 1:
+        raise ValueError("`generate_texts` writes one text for each prompt; repeat the prompts for more of them.")
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    settings: dict[str, object] = {
+        "eos_token_id": _list_end_tokens(config, tokenizer),
+        "pad_token_id": pad_id,
+        **generation_kwargs,
+    }
     if "generation_config" not in settings:
         lengths = {} if "max_length" in settings else {"max_new_tokens": 128}
         settings = {**lengths, "do_sample": False, **settings}
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     ids = tokenize_prompts(prompts, tokenizer)
     order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
     texts = [""] * len(ids)
@@ -136,7 +145,7 @@ def generate_texts(
             indices = order[start : start + batch_size]
             input_ids = _pad([ids[index] for index in indices], pad_id, left=True).to(device)
             mask = _pad([[1] * len(ids[index]) for index in indices], 0, left=True).to(device)
-            output = model.generate(input_ids=input_ids, attention_mask=mask, pad_token_id=pad_id, **settings)
+            output = model.generate(input_ids=input_ids, attention_mask=mask, tokenizer=tokenizer, **settings)
             continuations = tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)
             for index, text in zip(indices, continuations, strict=True):
                 texts[index] = text.strip()

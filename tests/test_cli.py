@@ -153,6 +153,11 @@ def test_resume_from_the_last_checkpoint(train, capsys):
     directory = train("--save_steps", "2")
     train("--save_steps", "2", "--resume_from_checkpoint", "last", "--max_steps", "6")
     assert (directory / "checkpoint-6").is_dir()
+    path = directory / "options.yaml"
+    for word, steps in (("true", 8), ("false", 6)):
+        path.write_text(f"resume_from_checkpoint: {word}\n")
+        train("--save_steps", "2", "--config", str(path), "--max_steps", str(steps))
+        assert (directory / f"checkpoint-{steps}").is_dir()
     train("--resume_from_checkpoint", "last", output_dir="empty", status=1)
     assert "no checkpoint" in capsys.readouterr().err
 
@@ -312,6 +317,18 @@ def test_unknown_yaml_options_are_named(train, tmp_path, capsys):
     path.write_text("projektion: none\n")
     train("--config", str(path), status=1)
     assert "projektion" in capsys.readouterr().err
+
+
+def test_a_base_model_that_has_moved_is_named_with_the_remedy(train, tiny_model_dir, capsys, tmp_path):
+    adapter = train()
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    for place in (str(tmp_path / "gone"), "a/b/c"):
+        (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": place}))
+        words = ["generate", "--adapter", str(adapter), "--prompt", "1", "--max_new_tokens", "2"]
+        assert main(words) == 1
+        error = capsys.readouterr().err
+        assert place in error and str(adapter) in error and "--model_name_or_path" in error
+        assert main([*words, "--model_name_or_path", tiny_model_dir]) == 0
 
 
 def test_an_adapter_that_is_not_there_is_named(data, tmp_path, capsys):

@@ -74,6 +74,14 @@ def test_the_caller_decides_how_long_texts_become(model, tokenizer):
     assert generate_texts(model, tokenizer, ["ab"], max_length=length) == texts
 
 
+def test_arguments_of_generation_reach_it(model, tokenizer):
+    whole = generate_texts(model, tokenizer, ["ab"], max_new_tokens=6, pad_token_id=0)[0]
+    stopped = generate_texts(model, tokenizer, ["ab"], max_new_tokens=6, stop_strings=[whole[1]])[0]
+    assert stopped == whole[: whole.index(whole[1]) + 1]
+    with pytest.raises(ValueError, match="one text for each prompt"):
+        generate_texts(model, tokenizer, ["ab"], do_sample=True, num_return_sequences=2)
+
+
 @pytest.mark.parametrize("function", [compute_loss, generate_texts])
 def test_a_batch_size_without_examples_is_refused(model, tokenizer, function):
     with pytest.raises(ValueError, match="`batch_size` must be at least 1, got -1"):

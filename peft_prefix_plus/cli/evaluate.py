@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from huggingface_hub.errors import HFValidationError
 from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import PreTrainedTokenizerBase
@@ -58,7 +59,13 @@ def load_adapter(adapter: str, model_name: str | None, dtype: str) -> tuple[Peft
     name, revision = (model_name, None) if model_name else (config.base_model_name_or_path, config.revision)
     if not name:
         raise ValueError(f"The adapter {adapter!r} does not say what its base model is; use --model_name_or_path.")
-    model, tokenizer = load_base_model(name, dtype, revision)
+    try:
+        model, tokenizer = load_base_model(name, dtype, revision)
+    except (OSError, HFValidationError) as error:
+        raise ValueError(
+            f"The base model {name!r} of the adapter {adapter!r} cannot be loaded: {error} If it has moved, name it "
+            "with --model_name_or_path."
+        ) from error
     return PeftModel.from_pretrained(model.to(choose_device()), adapter), tokenizer
 
 

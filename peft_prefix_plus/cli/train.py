@@ -191,9 +191,14 @@ def _with_tokenizer(config: PrefixPlusConfig, arguments: ModelArguments) -> Pref
 
 def _resolve_checkpoint(arguments: TrainingArguments) -> str | None:
     """`--resume_from_checkpoint last` stands for the newest complete checkpoint in the output directory."""
-    checkpoint: str | None = arguments.resume_from_checkpoint
+    if arguments.resume_from_checkpoint is None:
+        return None
+    # From YAML, it may be a truth value.
+    checkpoint = str(arguments.resume_from_checkpoint)
+    if checkpoint in ("false", "False"):
+        return None
     if checkpoint not in ("last", "true", "True"):
-        problem = None if checkpoint is None else find_checkpoint_damage(checkpoint)
+        problem = find_checkpoint_damage(checkpoint)
         if problem is not None:
             raise ValueError(
                 f"Training cannot go on from {checkpoint}: {problem} Use --resume_from_checkpoint last for the newest "
