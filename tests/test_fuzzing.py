@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from peft_prefix_plus import PrefixPlusConfig
 
 ASKED = os.environ.get("PREFIX_PLUS_FUZZ_EXAMPLES")
-NUM_EXAMPLES = int(ASKED or 2400)
+NUM_EXAMPLES = int(ASKED or 1800)
 SECONDS = 10
 GROWTH = 400 * 2**20
 TINY = {
