@@ -50,11 +50,11 @@ class Example:
             if not isinstance(reference, str) or not reference.strip():
                 raise ValueError(f"every completion must be a string that is not empty, got {reference!r}.")
         for text in (self.prompt, *self.references):
-            check_characters(text)
+            _check_characters(text)
         object.__setattr__(self, "references", tuple(self.references))
 
 
-def check_characters(text: str) -> None:
+def _check_characters(text: str) -> None:
     """Raise a `ValueError` if a text holds half a character, which no tokenizer takes."""
     try:
         text.encode()

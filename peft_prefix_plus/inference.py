@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .architectures.devices import find_device
+from .architectures import find_device
 from .examples import IGNORED_LABEL, Example, tokenize_examples, tokenize_prompts
 
 
@@ -124,7 +124,7 @@ def generate_texts(
     _check_batch_size(batch_size)
     if isinstance(prompts, str):
         raise ValueError(f"`prompts` must be a list of texts, got {prompts!r:.200}.")
-    config: Any = generation_kwargs.get("generation_config", model.generation_config)
+    config: Any = generation_kwargs.get("generation_config") or model.generation_config
     if (generation_kwargs.get("num_return_sequences") or config.num_return_sequences or 1) != 1:
         raise ValueError("`generate_texts` writes one text for each prompt; repeat the prompts for more of them.")
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -133,7 +133,7 @@ def generate_texts(
         "pad_token_id": pad_id,
         **generation_kwargs,
     }
-    if "generation_config" not in settings:
+    if settings.get("generation_config") is None:
         lengths = {} if "max_length" in settings else {"max_new_tokens": 128}
         settings = {**lengths, "do_sample": False, **settings}
     ids = tokenize_prompts(prompts, tokenizer)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from peft_prefix_plus.cli.main import main
 from peft_prefix_plus.interruption import find_checkpoint_damage, find_last_complete_checkpoint
 
-NUM_KILLS = 12
+NUM_KILLS = 20
 # In the order of saving.
 FILES = (
     "first/adapter_model.safetensors",
@@ -88,7 +88,8 @@ def test_killed_at_random_moments_of_saving_a_run_reaches_the_end_of_the_whole_r
         assert all(torch.equal(given[name], expected[name]) for name in given), moment
         shutil.rmtree(output_dir)
     # Otherwise the kills came too late or too early to test anything.
-    assert num_torn and num_rescued
+    assert num_torn >= NUM_KILLS // 4
+    assert num_rescued >= NUM_KILLS // 4
 
 
 def copy_checkpoints(whole, output_dir: Path) -> Path:

@@ -227,8 +227,8 @@ def _read_yaml_value(value: Any, action: argparse.Action, path: str) -> Any:
     if value is False and "no" in (action.choices or ()):
         # YAML reads `save_strategy: no` as a truth value.
         return "no"
-    if action.nargs == "+" and not isinstance(value, list) and name not in _EXPRESSION_OPTIONS:
-        value = value if value is None else [value]
+    if action.nargs == "+" and not isinstance(value, list | None) and name not in _EXPRESSION_OPTIONS:
+        value = [value]
     if action.type is not str or name in _JSON_OPTIONS:
         return value
     is_list = isinstance(value, list) and action.nargs == "+"
