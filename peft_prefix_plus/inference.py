@@ -173,9 +173,11 @@ def _pad(rows: Sequence[Sequence[int]], value: int, left: bool) -> Tensor:
 
 @contextmanager
 def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    was_training = model.training
+    # A module that was frozen in its own mode goes back to that.
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         yield
     finally:
-        model.train(was_training)
+        for module, mode in modes.items():
+            module.training = mode

@@ -53,6 +53,8 @@ def find_checkpoint_damage(checkpoint: str | os.PathLike[str]) -> str | None:
         `str`, *optional*
     """
     directory = Path(checkpoint)
+    if not directory.is_dir():
+        return "it is no directory."
     for name in _STATE_FILES:
         stand_ins = (path for pattern in _STAND_INS.get(name, ()) for path in directory.glob(pattern))
         if not (directory / name).is_file() and next(stand_ins, None) is None:

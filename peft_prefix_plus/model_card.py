@@ -6,7 +6,7 @@ import os
 import re
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import peft
@@ -117,7 +117,8 @@ def _update_card(
 ) -> None:
     attributes = _read_attributes(adapter_dir)
     weights_path = os.path.join(adapter_dir, SAFETENSORS_WEIGHTS_NAME)
-    num_trained = _count_trained(weights_path) if has_weights and os.path.isfile(weights_path) else None
+    has_weights = has_weights and os.path.isfile(weights_path)
+    num_trained = _count_trained(weights_path, attributes.get("modules_to_save")) if has_weights else None
     base_model = attributes.get("base_model_name_or_path")
     base_model = base_model if is_hub_model(base_model) else None
     section = write_section(attributes, base_model, repo_id, subfolder, num_trained, metrics or {})
@@ -140,11 +141,20 @@ def _read_attributes(adapter_dir: str) -> dict[str, Any]:
     return dict(attributes)
 
 
-def _count_trained(weights_path: str) -> int:
-    """Number of trained parameters in a weights file: all but what tells where the prefix started."""
+def _count_trained(weights_path: str, modules_to_save: Sequence[str] | None) -> int:
+    """Number of trained parameters in a weights file.
+
+    What tells where the prefix started is not trained, nor are embeddings, which PEFT saves when they were resized.
+    """
     infos = read_tensor_infos(weights_path)
-    is_trained = {name: not name.rpartition(".")[2].startswith(("anchor_", "scale_")) for name in infos}
-    return sum(math.prod(info.shape) for name, info in infos.items() if is_trained[name])
+    return sum(math.prod(info.shape) for name, info in infos.items() if _is_trained(name, modules_to_save or ()))
+
+
+def _is_trained(name: str, modules_to_save: Sequence[str]) -> bool:
+    module, _, attribute = name.rpartition(".")
+    if module.endswith("prefix_plus_encoder"):
+        return not attribute.startswith(("anchor_", "scale_"))
+    return attribute == "trainable_tokens_delta" or any(f"{end}." in name for end in modules_to_save)
 
 
 def is_hub_model(name: object) -> bool:

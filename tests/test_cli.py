@@ -256,6 +256,21 @@ def test_yaml_options_without_a_value_are_named(train, tmp_path, capsys, option)
     assert f"gives no value to {option}" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
+def test_yaml_in_another_encoding_is_named(tmp_path, capsys):
+    path = tmp_path / "options.yaml"
+    path.write_bytes("prompt: Fähre".encode("latin-1"))
+    assert main(["generate", "--adapter", "somewhere", "--config", str(path)]) == 1
+    assert str(path) in capsys.readouterr().err
+
+
+def test_a_chat_takes_no_template_of_its_own(capsys):
+    words = ["generate", "--adapter", "somewhere", "--prompt", "1", "--chat"]
+    assert main([*words, "--prompt_template", "{source}"]) == 1
+    assert "--prompt_template" in capsys.readouterr().err
+    assert main(words) == 1
+    assert "--prompt_template" not in capsys.readouterr().err
+
+
 def test_one_prompt_in_yaml_is_one_prompt(train, tmp_path, capsys):
     adapter = str(train())
     path = tmp_path / "options.yaml"
@@ -366,6 +381,7 @@ def test_missing_weights_and_wrong_numbers_are_named_before_the_model_is_loaded(
         (["--batch_size", "0"], "--batch_size"),
         (["--max_length", "-4"], "--max_length"),
         (["--output_file", "/nowhere/x.json"], "/nowhere/x.json"),
+        (["--output_file", str(directory)], "is a directory"),
     ):
         assert main([*words, *extra]) == 1
         assert part in capsys.readouterr().err

@@ -103,8 +103,9 @@ def test_an_offloaded_model_is_evaluated(model, tokenizer):
 
 def test_evaluation_leaves_the_mode_alone_and_reports_every_score(model, tokenizer):
     model.train()
+    frozen = next(model.children()).eval()
     scores, texts = evaluate_model(model, tokenizer, EXAMPLES, max_new_tokens=4)
-    assert model.training
+    assert model.training and not any(module.training for module in frozen.modules())
     assert len(texts) == len(EXAMPLES)
     assert list(scores) == ["loss", "perplexity", "bleu", "chrf", "rouge_l"]
     assert scores["perplexity"] == pytest.approx(math.exp(scores["loss"]))

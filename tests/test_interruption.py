@@ -131,6 +131,10 @@ def test_whatever_saving_has_not_reached_yet_is_missed(whole, tmp_path, names):
     assert find_checkpoint_damage(last) is not None
 
 
+def test_a_missing_checkpoint_is_called_missing(tmp_path):
+    assert find_checkpoint_damage(tmp_path / "checkpoint-3") == "it is no directory."
+
+
 def test_steps_are_compared_as_numbers(whole, tmp_path):
     for step in (9, 10):
         shutil.copytree(whole[0] / f"checkpoint-{NUM_STEPS}", tmp_path / f"checkpoint-{step}")

@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
 from tiny_models import build_chat_tokenizer, build_model
 from transformers import AutoModelForCausalLM
 
@@ -88,6 +89,14 @@ def test_the_card_tells_what_the_prefix_is(tmp_path):
     data = read_card(tmp_path).data
     assert data.library_name == "peft" and data.base_model == "owner/base" and data.pipeline_tag == "text-generation"
     assert {"peft", "peft_prefix_plus", "prefix-tuning", "base_model:adapter:owner/base"} <= set(data.tags)
+
+
+def test_embeddings_that_were_resized_are_saved_but_not_trained(tmp_path):
+    model = add_prefix(build_named(None), trainable_token_indices=[1, 2])
+    model.save_pretrained(tmp_path, save_embedding_layers=True)
+    names = load_file(tmp_path / "adapter_model.safetensors").keys()
+    assert any("lm_head" in name for name in names)
+    assert f"- Trained parameters: {model.get_nb_trainable_parameters()[0]:,}\n" in read(tmp_path)
 
 
 def test_the_card_names_the_revision_of_the_base_model(tmp_path):

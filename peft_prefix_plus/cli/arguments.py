@@ -24,6 +24,7 @@ _OPTION_TYPES: dict[str, Any] = {
     "trainable_token_indices": str | None,
 }
 _JSON_OPTIONS = ("num_virtual_tokens_pattern", "tokenizer_kwargs", "trainable_token_indices")
+DEFAULT_TEMPLATE = r"{source}\n"
 _TRAINING_OPTIONS = {field.name for field in dataclasses.fields(TrainingArguments)}
 # One text is a regular expression here, not a list of names.
 _EXPRESSION_OPTIONS = ("target_modules", "exclude_modules")
@@ -66,7 +67,7 @@ class DataArguments:
     max_train_examples: int | None = field(default=None, metadata={"help": "Use only that many rows for training."})
     max_eval_examples: int | None = field(default=None, metadata={"help": "Use only that many rows for evaluation."})
     prompt_template: str = field(
-        default=r"{source}\n", metadata={"help": "Turns the source of a row with references into a prompt."}
+        default=DEFAULT_TEMPLATE, metadata={"help": "Turns the source of a row with references into a prompt."}
     )
     max_length: int = field(default=1024, metadata={"help": "Longest training input in tokens."})
     num_init_examples: int = field(
@@ -205,7 +206,7 @@ def read_yaml_options(path: str, parser: argparse.ArgumentParser) -> dict[str, A
     with open(path, encoding="utf-8") as file:
         try:
             options = yaml.safe_load(file)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(options, dict):
         raise ValueError(f"{path} must hold a mapping of options, found {type(options).__name__}.")

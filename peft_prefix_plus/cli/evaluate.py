@@ -14,7 +14,7 @@ from ..base_models import choose_device, load_base_model
 from ..config import PrefixPlusConfig
 from ..evaluation import evaluate_model
 from ..examples import load_examples
-from .arguments import check_minimum, parse_arguments, read_line_breaks
+from .arguments import DEFAULT_TEMPLATE, check_minimum, parse_arguments, read_line_breaks
 
 
 @dataclass
@@ -27,7 +27,9 @@ class EvaluateArguments:
     dtype: str = field(default="auto", metadata={"help": "Weights of the base model: auto, float32, bfloat16, ..."})
     eval_split: str = field(default="validation", metadata={"help": "Split of a hub data set."})
     max_eval_examples: int | None = field(default=None, metadata={"help": "Use only that many rows."})
-    prompt_template: str = field(default=r"{source}\n", metadata={"help": "Turns the source of a row into a prompt."})
+    prompt_template: str = field(
+        default=DEFAULT_TEMPLATE, metadata={"help": "Turns the source of a row into a prompt."}
+    )
     batch_size: int = field(default=16, metadata={"help": "Examples per batch."})
     max_length: int = field(default=1024, metadata={"help": "Longest input of the loss in tokens."})
     max_new_tokens: int = field(default=128, metadata={"help": "Longest generated text in tokens."})
@@ -37,8 +39,11 @@ class EvaluateArguments:
         check_minimum(self, 2, "max_length")
         check_minimum(self, 1, "max_eval_examples", "batch_size", "max_new_tokens")
         self.prompt_template = read_line_breaks(self.prompt_template)
-        if self.output_file is not None and not os.path.isdir(os.path.dirname(self.output_file) or "."):
-            raise ValueError(f"--output_file {self.output_file!r} is in a directory that does not exist.")
+        if self.output_file is not None:
+            if os.path.isdir(self.output_file):
+                raise ValueError(f"--output_file {self.output_file!r} is a directory; name a file in it.")
+            if not os.path.isdir(os.path.dirname(self.output_file) or "."):
+                raise ValueError(f"--output_file {self.output_file!r} is in a directory that does not exist.")
 
 
 def load_adapter(adapter: str, model_name: str | None, dtype: str) -> tuple[PeftModel, PreTrainedTokenizerBase]:

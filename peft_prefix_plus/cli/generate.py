@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..examples import check_template
 from ..inference import generate_texts
-from .arguments import check_minimum, parse_arguments, read_line_breaks
+from .arguments import DEFAULT_TEMPLATE, check_minimum, parse_arguments, read_line_breaks
 from .evaluate import load_adapter
 
 
@@ -22,7 +22,7 @@ class GenerateArguments:
     )
     model_name_or_path: str | None = field(default=None, metadata={"help": "Base model; default: the adapter's own."})
     dtype: str = field(default="auto", metadata={"help": "Weights of the base model: auto, float32, bfloat16, ..."})
-    prompt_template: str = field(default=r"{source}\n", metadata={"help": "Turns what you type into a prompt."})
+    prompt_template: str = field(default=DEFAULT_TEMPLATE, metadata={"help": "Turns what you type into a prompt."})
     chat: bool = field(default=False, metadata={"help": "Use the chat template of the model instead."})
     max_new_tokens: int = field(default=128, metadata={"help": "Longest generated text in tokens."})
     do_sample: bool = field(default=False, metadata={"help": "Sample instead of greedy search."})
@@ -35,6 +35,8 @@ class GenerateArguments:
         check_minimum(self, 1, "batch_size", "max_new_tokens", "num_beams")
         self.prompt_template = read_line_breaks(self.prompt_template)
         check_template(self.prompt_template)
+        if self.chat and self.prompt_template != read_line_breaks(DEFAULT_TEMPLATE):
+            raise ValueError("--chat uses the chat template in place of --prompt_template; leave one of both out.")
         for name in ("temperature", "top_p"):
             if vars(self)[name] != 1.0 and not self.do_sample:
                 raise ValueError(f"--{name} is {vars(self)[name]}, but the search is greedy; add --do_sample.")
