@@ -1,6 +1,6 @@
 """Training in bfloat16 on processors without instructions for it.
 
-There the products of bfloat16 matrices take ten to forty times as long as those of float32.
+There the products of bfloat16 matrices take 8 to 40 times as long as those of float32.
 """
 
 from collections.abc import Callable
