@@ -22,7 +22,7 @@ DOCS = HERE.parents[1] / "docs"
 INTRODUCTION = """# Speed and memory
 
 `make bench-performance` makes the measurements of the short setting, in 15 minutes, and this page. The full setting
-takes about an hour and a quarter in bfloat16, twice that in float32, needs 11 GB for its largest steps, and goes on
+takes about an hour and a quarter in bfloat16, twice that in float32, needs 12 GB for its largest steps, and goes on
 where it was interrupted:
 
     python -m benchmarks.performance.measure --setting full --resume --output benchmarks/performance/full.json
