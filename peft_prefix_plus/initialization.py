@@ -13,8 +13,9 @@ from .capture import CaptureError, capture_noise_states, capture_prefix_states
 from .config import DEFAULT_NUM_VIRTUAL_TOKENS, PrefixPlusConfig
 from .states import PrefixStates
 
-# A step of training moves values further than keys, each relative to the model's own: it trains better, see the docs.
-VALUE_STEP = 4.0
+# How far a step of training moves values, where it moves keys by 1, each relative to the model's own; see docs/recipes.md.
+# In a projection the parameters that all virtual tokens share move together, so that larger steps of values diverge.
+VALUE_STEPS = {"none": 4.0, "linear": 1.0, "mlp": 1.0}
 
 
 class InitialStates(NamedTuple):
@@ -22,8 +23,8 @@ class InitialStates(NamedTuple):
 
     Attributes:
         anchor ([`PrefixStates`]): keys and values, `[1, kv_heads, P, dim]` in float32.
-        scale ([`PrefixStates`]): root mean square of the model's own keys per head, and `VALUE_STEP` times that of its
-            values, `[1, kv_heads, 1, 1]`.
+        scale ([`PrefixStates`]): root mean square of the model's own keys per head, and that of its values times the
+            `VALUE_STEPS` of the projection, `[1, kv_heads, 1, 1]`.
     """
 
     anchor: PrefixStates
@@ -206,20 +207,22 @@ def build_initial_states(
             stacklevel=2,
         )
     return {
-        name: _build_states(config.prefix_init, captured[name], length, generator)
+        name: _build_states(config, captured[name], length, generator)
         if name in captured
-        else _draw_states(geometries[name], length, generator)
+        else _draw_states(config, geometries[name], length, generator)
         for name, length in lengths.items()
     }
 
 
-def _draw_states(geometry: AttentionGeometry, length: int, generator: torch.Generator) -> InitialStates:
+def _draw_states(
+    config: PrefixPlusConfig, geometry: AttentionGeometry, length: int, generator: torch.Generator
+) -> InitialStates:
     """Random keys and values of the size that a normalized input would give."""
     shape = (1, geometry.num_key_value_heads, length)
     keys = torch.randn(*shape, geometry.key_dim, generator=generator).to(geometry.device)
     values = torch.randn(*shape, geometry.value_dim, generator=generator).to(geometry.device)
     size = torch.ones(1, geometry.num_key_value_heads, 1, 1, device=geometry.device)
-    return InitialStates(PrefixStates(keys, values), _scale_steps(PrefixStates(size, size)))
+    return InitialStates(PrefixStates(keys, values), _scale_steps(config, PrefixStates(size, size)))
 
 
 def _fit_tokens(states: Tensor, length: int) -> Tensor:
@@ -228,20 +231,22 @@ def _fit_tokens(states: Tensor, length: int) -> Tensor:
     return states.repeat(1, 1, repeats, 1)[..., :length, :]
 
 
-def _build_states(prefix_init: str, captured: PrefixStates, length: int, generator: torch.Generator) -> InitialStates:
+def _build_states(
+    config: PrefixPlusConfig, captured: PrefixStates, length: int, generator: torch.Generator
+) -> InitialStates:
     keys, values = captured.keys.float(), captured.values.float()
     sizes = PrefixStates(_root_mean_square(keys), _root_mean_square(values))
     keys, values = _fit_tokens(keys, length), _fit_tokens(values, length)
-    if prefix_init == "random":
+    if config.prefix_init == "random":
         keys = torch.randn(keys.shape, generator=generator).to(keys.device) * sizes.keys
         values = torch.randn(values.shape, generator=generator).to(values.device) * sizes.values
-    elif prefix_init == "zero":
+    elif config.prefix_init == "zero":
         keys, values = torch.zeros_like(keys), torch.zeros_like(values)
-    return InitialStates(PrefixStates(keys, values), _scale_steps(sizes))
+    return InitialStates(PrefixStates(keys, values), _scale_steps(config, sizes))
 
 
-def _scale_steps(sizes: PrefixStates) -> PrefixStates:
-    return PrefixStates(sizes.keys, VALUE_STEP * sizes.values)
+def _scale_steps(config: PrefixPlusConfig, sizes: PrefixStates) -> PrefixStates:
+    return PrefixStates(sizes.keys, VALUE_STEPS[config.projection] * sizes.values)
 
 
 def _root_mean_square(states: Tensor) -> Tensor:

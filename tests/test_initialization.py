@@ -17,7 +17,7 @@ from peft_prefix_plus import PrefixPlusConfig, PrefixPlusLayer, capture_prefix_s
 from peft_prefix_plus.architectures import AttentionGeometry, find_attention_modules, read_geometry
 from peft_prefix_plus.config import DEFAULT_NUM_VIRTUAL_TOKENS, PREFIX_INITS
 from peft_prefix_plus.initialization import (
-    VALUE_STEP,
+    VALUE_STEPS,
     build_initial_states,
     capture_states,
     fit_token_ids,
@@ -163,9 +163,11 @@ def test_vocab_prefix_is_what_was_sampled(seed):
     assert_prefix_is(model, sample_vocabulary(base, DEFAULT_NUM_VIRTUAL_TOKENS, seed))
 
 
-def build_states(prefix_init: str, seed: int = 0, length: int = 300, dtype: torch.dtype = torch.float32):
+def build_states(
+    prefix_init: str, seed: int = 0, length: int = 300, dtype: torch.dtype = torch.float32, projection: str = "none"
+):
     model = build_model("llama", dtype=dtype)
-    config = PrefixPlusConfig(prefix_init=prefix_init, prefix_init_seed=seed)
+    config = PrefixPlusConfig(prefix_init=prefix_init, prefix_init_seed=seed, projection=projection)
     modules = find_attention_modules(model)
     captured = capture_states(config, model, list(modules), length, None)
     geometries = {name: read_geometry(module) for name, module in modules.items()}
@@ -175,7 +177,7 @@ def build_states(prefix_init: str, seed: int = 0, length: int = 300, dtype: torc
 def test_random_states_have_the_scale_of_the_models_own():
     states, _ = build_states("random")
     for anchor, scale in states.values():
-        for drawn, size in ((anchor.keys, scale.keys), (anchor.values, scale.values / VALUE_STEP)):
+        for drawn, size in ((anchor.keys, scale.keys), (anchor.values, scale.values / VALUE_STEPS["none"])):
             normalized = drawn / size
             assert abs(normalized.mean().item()) < 0.05
             assert_close(normalized.square().mean(dim=(-1, -2)).sqrt(), torch.ones(1, 2), atol=0.06, rtol=0)
@@ -196,15 +198,35 @@ def test_zero_states_are_zero_and_keep_the_scale():
         assert (scale.keys > 0).all() and (scale.values > 0).all()
 
 
+@pytest.mark.parametrize("projection", VALUE_STEPS)
 @pytest.mark.parametrize("prefix_init", ["vocab", "random", "zero"])
-def test_the_scale_is_the_root_mean_square_of_captured_states_and_larger_for_values(prefix_init):
-    states, model = build_states(prefix_init, length=11)
+def test_the_scale_is_the_root_mean_square_of_captured_states_times_the_step_of_values(prefix_init, projection):
+    states, model = build_states(prefix_init, length=11, projection=projection)
     captured = capture_prefix_states(model, sample_vocabulary(model, 11, 0))
+    step = VALUE_STEPS[projection]
     for name, (_, scale) in states.items():
-        for size, own in ((scale.keys, captured[name].keys), (scale.values / VALUE_STEP, captured[name].values)):
+        for size, own in ((scale.keys, captured[name].keys), (scale.values / step, captured[name].values)):
             assert size.shape == (1, 2, 1, 1)
             expected = [own[0, head].square().mean().sqrt() for head in range(2)]
             assert_close(size.flatten(), torch.stack(expected))
+
+
+@pytest.mark.parametrize(("projection", "ratio"), [("none", 4.0), ("linear", 1.0), ("mlp", 1.0)])
+def test_a_step_of_adam_moves_values_further_than_keys_if_each_element_is_trained(projection, ratio):
+    model = build_prefix(build_model("llama"), num_virtual_tokens=50, projection=projection, prefix_init="vocab")
+    encoders = [layer.get_encoder("default") for layer in get_layers(model).values()]
+    before = [encoder() for encoder in encoders]
+    optimizer = torch.optim.Adam([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-3)
+    ids = draw_tokens()
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    for encoder, start in zip(encoders, before, strict=True):
+        after = encoder()
+        moved = [
+            ((new - old).square().mean() / old.square().mean()).sqrt()
+            for new, old in ((after.keys, start.keys), (after.values, start.values))
+        ]
+        assert_close(moved[1] / moved[0], torch.tensor(ratio), rtol=0.2, atol=0)
 
 
 @pytest.mark.parametrize("prefix_init", ["vocab", "random", "zero"])
@@ -270,7 +292,7 @@ def test_initializations_without_tokens_name_none(prefix_init):
 
 
 def test_a_module_that_cannot_be_reached_starts_from_random_numbers_of_its_shape_with_a_warning():
-    config = PrefixPlusConfig(num_virtual_tokens=3)
+    config = PrefixPlusConfig(num_virtual_tokens=3, projection="none")
     geometry = AttentionGeometry(2, 200, 400, torch.device("cpu"))
     states = []
     for _ in range(2):
@@ -280,7 +302,9 @@ def test_a_module_that_cannot_be_reached_starts_from_random_numbers_of_its_shape
     assert anchor.keys.shape == (1, 2, 3, 200) and anchor.values.shape == (1, 2, 3, 400)
     assert torch.equal(anchor.keys, again.keys) and torch.equal(anchor.values, again.values), "the seed decides"
     assert_close(anchor.keys.square().mean().sqrt(), torch.tensor(1.0), atol=0.1, rtol=0)
-    assert torch.equal(scale.keys, torch.ones(1, 2, 1, 1)) and torch.equal(scale.values, VALUE_STEP * scale.keys)
+    assert torch.equal(scale.keys, torch.ones(1, 2, 1, 1)) and torch.equal(
+        scale.values, VALUE_STEPS["none"] * scale.keys
+    )
 
 
 @pytest.mark.parametrize("prefix_init", ["tokens", "text"])
