@@ -13,7 +13,7 @@ from .capture import CaptureError, capture_noise_states, capture_prefix_states
 from .config import DEFAULT_NUM_VIRTUAL_TOKENS, PrefixPlusConfig
 from .states import PrefixStates
 
-# How far a step of training moves values, where it moves keys by 1, each relative to the model's own; see docs/recipes.md.
+# How far a step of training moves values, where it moves keys by 1, each relative to the model's own; see the recipes.
 # In a projection the parameters that all virtual tokens share move together, so that larger steps of values diverge.
 VALUE_STEPS = {"none": 4.0, "linear": 1.0, "mlp": 1.0}
 
