@@ -206,23 +206,28 @@ def build_initial_states(
             "starts from random numbers.",
             stacklevel=2,
         )
-    return {
-        name: _build_states(config, captured[name], length, generator)
+    states = {
+        name: _build_states(config.prefix_init, captured[name], length, generator)
         if name in captured
-        else _draw_states(config, geometries[name], length, generator)
+        else _draw_states(geometries[name], length, generator)
         for name, length in lengths.items()
+    }
+    value_step = VALUE_STEPS[config.projection]
+    return {
+        name: InitialStates(anchor, PrefixStates(sizes.keys, value_step * sizes.values))
+        for name, (anchor, sizes) in states.items()
     }
 
 
 def _draw_states(
-    config: PrefixPlusConfig, geometry: AttentionGeometry, length: int, generator: torch.Generator
-) -> InitialStates:
-    """Random keys and values of the size that a normalized input would give."""
+    geometry: AttentionGeometry, length: int, generator: torch.Generator
+) -> tuple[PrefixStates, PrefixStates]:
+    """Random keys and values of the size that a normalized input would give, and that size."""
     shape = (1, geometry.num_key_value_heads, length)
     keys = torch.randn(*shape, geometry.key_dim, generator=generator).to(geometry.device)
     values = torch.randn(*shape, geometry.value_dim, generator=generator).to(geometry.device)
     size = torch.ones(1, geometry.num_key_value_heads, 1, 1, device=geometry.device)
-    return InitialStates(PrefixStates(keys, values), _scale_steps(config, PrefixStates(size, size)))
+    return PrefixStates(keys, values), PrefixStates(size, size)
 
 
 def _fit_tokens(states: Tensor, length: int) -> Tensor:
@@ -232,21 +237,18 @@ def _fit_tokens(states: Tensor, length: int) -> Tensor:
 
 
 def _build_states(
-    config: PrefixPlusConfig, captured: PrefixStates, length: int, generator: torch.Generator
-) -> InitialStates:
+    prefix_init: str, captured: PrefixStates, length: int, generator: torch.Generator
+) -> tuple[PrefixStates, PrefixStates]:
+    """Keys and values of an initialization, and the size of the captured ones."""
     keys, values = captured.keys.float(), captured.values.float()
     sizes = PrefixStates(_root_mean_square(keys), _root_mean_square(values))
     keys, values = _fit_tokens(keys, length), _fit_tokens(values, length)
-    if config.prefix_init == "random":
+    if prefix_init == "random":
         keys = torch.randn(keys.shape, generator=generator).to(keys.device) * sizes.keys
         values = torch.randn(values.shape, generator=generator).to(values.device) * sizes.values
-    elif config.prefix_init == "zero":
+    elif prefix_init == "zero":
         keys, values = torch.zeros_like(keys), torch.zeros_like(values)
-    return InitialStates(PrefixStates(keys, values), _scale_steps(config, sizes))
-
-
-def _scale_steps(config: PrefixPlusConfig, sizes: PrefixStates) -> PrefixStates:
-    return PrefixStates(sizes.keys, VALUE_STEPS[config.projection] * sizes.values)
+    return PrefixStates(keys, values), sizes
 
 
 def _root_mean_square(states: Tensor) -> Tensor:
