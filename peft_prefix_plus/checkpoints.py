@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 from .architectures import find_token_embeddings
 from .auxiliary import remove_auxiliary
 from .config import PrefixPlusConfig
-from .encoders import build_encoder
 from .injection import InjectionPlan
 from .layer import PrefixPlusLayer, PrefixPlusLayerBase, list_layers
 from .removal import unwrap_layers
@@ -145,7 +144,7 @@ def _list_planned_tensors(plan: InjectionPlan, modules_to_save: Mapping[str, nn.
     tensors: dict[str, Tensor] = {}
     for name, length in plan.lengths.items():
         geometry = dataclasses.replace(plan.geometries[name], device=torch.device("meta"))
-        encoder = build_encoder(config.projection, geometry, length, config.num_frozen_tokens, config.projection_dim)
+        encoder = config.build_encoder(geometry, length)
         tensors |= {f"{name}.prefix_plus_encoder.{key}": tensor for key, tensor in encoder.state_dict().items()}
     for name, module in modules_to_save.items():
         tensors |= {f"{name}.{key}": tensor for key, tensor in module.state_dict().items()}

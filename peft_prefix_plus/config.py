@@ -11,7 +11,8 @@ from typing import Any
 
 from peft import PeftConfig
 
-from .encoders import PROJECTIONS
+from .architectures import AttentionGeometry
+from .encoders import EMBEDDING_STEP, PROJECTIONS, PrefixEncoder, build_encoder
 from .model_card import save_model_card
 from .patterns import PLACE, check_pattern
 from .peft_type import PREFIX_PLUS
@@ -24,6 +25,8 @@ DEFAULT_NUM_VIRTUAL_TOKENS = 20
 _SECRETS = ("token", "use_auth_token", "proxies")
 # More than any model reads, and little enough that no product of sizes overflows.
 MAX_SIZE = 2**24
+# Beyond them, embeddings or their steps would leave what float32 can tell apart.
+MIN_STEP, MAX_STEP = 1e-3, 1e3
 # How PEFT and `match_module_pattern` use what stands in a configuration.
 _MODULE_PATTERN = rf"(.*\.)?({PLACE})$"
 _LAYERS_PATTERN = rf"(?:^|.*?\.){PLACE}\.(?P<idx>\d+)\."
@@ -61,6 +64,9 @@ class PrefixPlusConfig(PeftConfig):
             linear map of an embedding per virtual token. `"mlp"`: a two-layer network on it. `"none"`: a free tensor.
         projection_dim (`int`):
             Width of the projection, default 16. Unused by `"none"`.
+        embedding_step (`float`, *optional*):
+            How far one step of Adam moves the embeddings of virtual tokens, as a multiple of how far it moves the
+            projection. `None` (default): 4; in adapters that were saved without it, 1. Unused by `"none"`.
         prefix_dropout (`float`):
             Dropout probability while training, in `[0, 1)`, default 0.
         prefix_dropout_mode (`str`):
@@ -122,6 +128,9 @@ class PrefixPlusConfig(PeftConfig):
         metadata={"help": "How the trained difference is produced, per layer.", "choices": list(PROJECTIONS)},
     )
     projection_dim: int = field(default=16, metadata={"help": "Width of the per-layer projection."})
+    embedding_step: float | None = field(
+        default=None, metadata={"help": "How far a step moves embeddings, relative to the projection; None: 4."}
+    )
     prefix_dropout: float = field(default=0.0, metadata={"help": "Dropout probability, training only."})
     prefix_dropout_mode: str = field(
         default="token",
@@ -165,6 +174,9 @@ class PrefixPlusConfig(PeftConfig):
             self.prefix_init_token_ids = list(self.prefix_init_token_ids)
         if self.num_virtual_tokens_pattern is None:
             self.num_virtual_tokens_pattern = {}
+        if self.embedding_step is None:
+            # Adapters that were saved before this field existed were trained with 1.
+            self.embedding_step = 1.0 if self.prefix_is_initialized is True else EMBEDDING_STEP
         self._check_choices()
         self._check_numbers()
         self._check_targets()
@@ -191,6 +203,9 @@ class PrefixPlusConfig(PeftConfig):
         for name in ("prefix_is_initialized", "inference_mode", "ensure_weight_tying"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"`{name}` must be true or false, got {_show(getattr(self, name))}.")
+        step = self.embedding_step
+        if isinstance(step, bool) or not isinstance(step, int | float) or not MIN_STEP <= step <= MAX_STEP:
+            raise ValueError(f"`embedding_step` must be a number from {MIN_STEP} to {MAX_STEP}, got {_show(step)}.")
         probability = self.prefix_dropout
         if isinstance(probability, bool) or not isinstance(probability, int | float) or not 0.0 <= probability < 1.0:
             raise ValueError(f"`prefix_dropout` must be a probability of at least 0 and below 1, got {probability!r}.")
@@ -327,6 +342,18 @@ class PrefixPlusConfig(PeftConfig):
             if match_module_pattern(pattern, module_name):
                 return length
         return DEFAULT_NUM_VIRTUAL_TOKENS if self.num_virtual_tokens is None else self.num_virtual_tokens
+
+    def build_encoder(self, geometry: AttentionGeometry, num_virtual_tokens: int) -> PrefixEncoder:
+        """Build the encoder of one module, not yet initialized.
+
+        Args:
+            geometry ([`AttentionGeometry`]): of the attention module.
+            num_virtual_tokens (`int`): its prefix length.
+        """
+        step = EMBEDDING_STEP if self.embedding_step is None else self.embedding_step
+        return build_encoder(
+            self.projection, geometry, num_virtual_tokens, self.num_frozen_tokens, self.projection_dim, step
+        )
 
     def remember_resolved(self, resolved: "PrefixPlusConfig") -> None:
         """Take over what an injection has found out, so that a saved adapter is injected in the same way.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .architectures import AttentionGeometry
 from .config import PrefixPlusConfig
-from .encoders import PrefixEncoder, build_encoder, fold_encoder
+from .encoders import PrefixEncoder, fold_encoder
 from .model_card import CARD_NAME
 
 _ENCODER = ".prefix_plus_encoder."
@@ -89,9 +89,7 @@ def _rebuild_encoder(module_name: str, tensors: dict[str, Tensor], config: Prefi
                 f"{tensors['embedding'].shape[-1]}, the configuration says {config.projection_dim}. The files belong "
                 "to different adapters."
             )
-        encoder = build_encoder(
-            config.projection, geometry, keys.shape[1], config.num_frozen_tokens, config.projection_dim
-        )
+        encoder = config.build_encoder(geometry, keys.shape[1])
         encoder.load_state_dict(tensors)
     except (KeyError, IndexError, RuntimeError) as error:
         raise ValueError(f"The weights of {module_name} do not fit the adapter's configuration: {error}") from error

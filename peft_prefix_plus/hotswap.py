@@ -19,7 +19,7 @@ from torch._dynamo import OptimizedModule
 from .architectures import find_position_tables
 from .checkpoints import check_saved_weights
 from .config import PrefixPlusConfig
-from .encoders import PrefixEncoder, PrefixSlot, build_encoder
+from .encoders import PrefixEncoder, PrefixSlot
 from .folding import group_weights
 from .injection import InjectionPlan, plan_injection
 from .layer import PrefixPlusLayer, list_layers
@@ -225,9 +225,7 @@ def _check_modules(path: str, targeted: Set[str], present: Set[str]) -> None:
 def _build_encoder(
     config: PrefixPlusConfig, plan: InjectionPlan, name: str, tensors: dict[str, Tensor]
 ) -> PrefixEncoder:
-    encoder = build_encoder(
-        config.projection, plan.geometries[name], plan.lengths[name], config.num_frozen_tokens, config.projection_dim
-    )
+    encoder = config.build_encoder(plan.geometries[name], plan.lengths[name])
     encoder.load_state_dict(tensors)
     return encoder
 

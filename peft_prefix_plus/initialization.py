@@ -15,7 +15,7 @@ from .states import PrefixStates
 
 # How far a step of training moves values, where it moves keys by 1, each relative to the model's own; see the recipes.
 # In a projection the parameters that all virtual tokens share move together, so that larger steps of values diverge.
-VALUE_STEPS = {"none": 4.0, "linear": 1.0, "mlp": 1.0}
+VALUE_STEPS = {"none": 4.0, "linear": 2.0, "mlp": 2.0}
 
 
 class InitialStates(NamedTuple):

@@ -28,7 +28,6 @@ from .checkpoints import (
 from .combination import add_weighted_adapter
 from .config import PrefixPlusConfig
 from .dropout import PrefixDropout
-from .encoders import build_encoder
 from .injection import InjectionPlan, check_adapter_name, check_task_type, plan_injection
 from .layer import PrefixPlusLayer, PrefixPlusLayerBase, list_layers
 from .mixing import RowAdapters, check_adapter_names, name_rows
@@ -128,13 +127,7 @@ class PrefixPlusModel(BaseTuner):
         plan = self._plan
         if plan is None or current_key not in plan.lengths:
             raise ValueError(f"The configuration of {adapter_name!r} leaves {current_key!r} without a prefix.")
-        encoder = build_encoder(
-            peft_config.projection,
-            plan.geometries[current_key],
-            plan.lengths[current_key],
-            peft_config.num_frozen_tokens,
-            peft_config.projection_dim,
-        )
+        encoder = peft_config.build_encoder(plan.geometries[current_key], plan.lengths[current_key])
         if current_key in plan.initial_states:
             encoder.initialize(*plan.initial_states[current_key])
         dropout = PrefixDropout(peft_config.prefix_dropout, peft_config.prefix_dropout_mode)

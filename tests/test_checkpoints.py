@@ -123,6 +123,19 @@ def test_loading_never_runs_the_initialization(name, settings, tmp_path):
     assert torch.equal(run(loaded), expected) and torch.equal(run(loaded, "other"), expected)
 
 
+@pytest.mark.parametrize("projection", ["linear", "mlp"])
+def test_adapters_from_before_embeddings_had_a_step_keep_what_they_compute(projection, tmp_path):
+    expected = run(save(tmp_path, projection=projection, embedding_step=1.0))
+    path = tmp_path / "adapter_config.json"
+    written = json.loads(path.read_text())
+    del written["embedding_step"]
+    path.write_text(json.dumps(written))
+    loaded = PeftModel.from_pretrained(build_model("llama"), tmp_path)
+    assert torch.equal(run(loaded), expected)
+    loaded.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "adapter_config.json").read_text())["embedding_step"] == 1.0
+
+
 def test_loading_needs_no_tokenizer(tmp_path):
     save(tmp_path)
     path = tmp_path / "adapter_config.json"

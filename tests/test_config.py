@@ -27,6 +27,11 @@ INVALID = [
     ({"num_virtual_tokens": True}, ["`num_virtual_tokens`", "True", "integer of at least 1"]),
     ({"projection_dim": 0}, ["`projection_dim`", "0", "integer of at least 1"]),
     ({"projection_dim": None}, ["`projection_dim`", "None", "integer of at least 1"]),
+    ({"embedding_step": 0}, ["`embedding_step`", "0", "from 0.001 to 1000"]),
+    ({"embedding_step": -4.0}, ["`embedding_step`", "-4.0", "from 0.001 to 1000"]),
+    ({"embedding_step": float("nan")}, ["`embedding_step`", "nan", "from 0.001 to 1000"]),
+    ({"embedding_step": True}, ["`embedding_step`", "True", "from 0.001 to 1000"]),
+    ({"embedding_step": "4"}, ["`embedding_step`", "'4'", "from 0.001 to 1000"]),
     ({"num_frozen_tokens": -1}, ["`num_frozen_tokens`", "-1", "integer of at least 0"]),
     (
         {"num_frozen_tokens": 4, "num_virtual_tokens": 4},
@@ -85,6 +90,7 @@ FULL = {
     "modules_to_save": ["lm_head"],
     "projection": "linear",
     "projection_dim": 8,
+    "embedding_step": 2.0,
     "prefix_dropout": 0.25,
     "prefix_dropout_mode": "element",
     "prefix_init_text": "Zusammenfassung für Fünfjährige: 要約",
@@ -108,6 +114,7 @@ def test_invalid_settings_are_named_with_a_remedy(settings, fragments):
     [
         {"num_virtual_tokens": 1},
         {"prefix_dropout": 0},
+        {"embedding_step": 2},
         {"prefix_dropout": 0.999},
         {"num_frozen_tokens": 3, "num_virtual_tokens": 4},
         {"num_frozen_tokens": 100},
@@ -128,7 +135,7 @@ def test_valid_settings_are_accepted(settings):
 def test_defaults():
     config = PrefixPlusConfig()
     assert config.peft_type is PREFIX_PLUS
-    assert (config.projection, config.projection_dim) == ("linear", 16)
+    assert (config.projection, config.projection_dim, config.embedding_step) == ("linear", 16, 4.0)
     assert (config.prefix_dropout, config.prefix_dropout_mode) == (0.0, "token")
     assert (config.prefix_init, config.prefix_init_seed, config.num_frozen_tokens) == ("vocab", 0, 0)
     assert config.num_virtual_tokens is None and config.target_modules is None

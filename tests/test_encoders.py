@@ -7,7 +7,14 @@ import torch
 from torch.testing import assert_close
 
 from peft_prefix_plus.architectures import AttentionGeometry
-from peft_prefix_plus.encoders import PROJECTIONS, DirectPrefix, PrefixEncoder, build_encoder, fold_encoder
+from peft_prefix_plus.encoders import (
+    PROJECTIONS,
+    DirectPrefix,
+    LinearPrefix,
+    PrefixEncoder,
+    build_encoder,
+    fold_encoder,
+)
 from peft_prefix_plus.states import PrefixStates
 
 HEADS, KEY_DIM, VALUE_DIM, TOKENS, WIDTH = 2, 6, 4, 5, 3
@@ -88,6 +95,25 @@ def test_training_moves_the_prefix_and_keeps_the_buffers(projection):
     assert torch.equal(encoder().keys[..., :1, :], anchor.keys[..., :1, :])
     for name, buffer in encoder.named_buffers():
         assert torch.equal(buffer, buffers[name]), name
+
+
+@pytest.mark.parametrize("embedding_step", [1.0, 2.0, 4.0])
+def test_the_step_of_embeddings_changes_how_far_they_move_and_not_where_they_start(embedding_step):
+    torch.manual_seed(0)
+    encoder = LinearPrefix(GEOMETRY, TOKENS, projection_dim=WIDTH, embedding_step=embedding_step)
+    encoder.initialize(draw_anchor(), draw_scale())
+    torch.manual_seed(0)
+    start = torch.randn(TOKENS, WIDTH)
+    assert torch.equal(encoder.compute_features(), start)
+    torch.nn.init.ones_(encoder.output_weight)
+    optimizer = torch.optim.Adam(encoder.parameters(), lr=1e-3)
+    encoder().keys.sum().backward()
+    optimizer.step()
+    assert_close(start - encoder.compute_features(), torch.full((TOKENS, WIDTH), 1e-3 * embedding_step))
+    assert_close(
+        1 - encoder.output_weight.view(HEADS, -1, WIDTH)[:, :KEY_DIM].abs(),
+        1e-3 * start.sum(0).sign().expand(HEADS, KEY_DIM, WIDTH),
+    )
 
 
 @projections

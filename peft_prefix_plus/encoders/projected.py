@@ -6,16 +6,21 @@ from torch import Tensor, nn
 from ..architectures import AttentionGeometry
 from .base import PrefixEncoder
 
+EMBEDDING_STEP = 4.0
+
 
 class LinearPrefix(PrefixEncoder):
-    """The delta is `(W e_p + b) / sqrt(projection_dim)` for a trained embedding `e_p` of every virtual token.
+    """The delta is `(W s e_p + b) / sqrt(projection_dim)` for a trained embedding `e_p` of every virtual token.
 
-    `W` and `b` start at zero, so the delta does; the embedding starts at random, so gradients reach `W` at once. The
-    division keeps a step of Adam about as large for every width, so a learning rate carries over.
+    `W` and `b` start at zero, so the delta does; `s e_p` starts at random and of size one, so gradients reach `W` at
+    once. The division keeps a step of Adam about as large for every width, so a learning rate carries over. `s` makes
+    the steps of what belongs to a single token larger than those of what all tokens share, as LoRA+ does with the two
+    factors of LoRA (https://arxiv.org/abs/2402.12354).
 
     Args:
         geometry, num_virtual_tokens, num_frozen_tokens: see [`PrefixEncoder`].
         projection_dim (`int`): width of the embedding.
+        embedding_step (`float`): `s`.
     """
 
     def __init__(
@@ -24,11 +29,14 @@ class LinearPrefix(PrefixEncoder):
         num_virtual_tokens: int,
         num_frozen_tokens: int = 0,
         projection_dim: int = 16,
+        embedding_step: float = EMBEDDING_STEP,
     ) -> None:
         super().__init__(geometry, num_virtual_tokens, num_frozen_tokens)
         device = geometry.device
+        self.embedding_step = embedding_step
         out_features = geometry.num_key_value_heads * (geometry.key_dim + geometry.value_dim)
-        self.embedding = nn.Parameter(torch.randn(self.num_trained_tokens, projection_dim, device=device))
+        features = torch.randn(self.num_trained_tokens, projection_dim, device=device)
+        self.embedding = nn.Parameter(features / embedding_step)
         self.output_weight = nn.Parameter(torch.zeros(out_features, projection_dim, device=device))
         self.output_bias = nn.Parameter(torch.zeros(out_features, device=device))
 
@@ -47,14 +55,14 @@ class LinearPrefix(PrefixEncoder):
 
     def compute_features(self) -> Tensor:
         """What the last linear map reads, `[num_trained_tokens, projection_dim]`."""
-        return self.embedding
+        return self.embedding_step * self.embedding
 
 
 class MLPPrefix(LinearPrefix):
-    """The delta is `(W tanh(U e_p + c) + b) / sqrt(projection_dim)`: the network of Li & Liang (2021), per layer.
+    """The delta is `(W tanh(U s e_p + c) + b) / sqrt(projection_dim)`: the network of Li & Liang (2021), per layer.
 
     Args:
-        geometry, num_virtual_tokens, num_frozen_tokens, projection_dim: see [`LinearPrefix`].
+        geometry, num_virtual_tokens, num_frozen_tokens, projection_dim, embedding_step: see [`LinearPrefix`].
     """
 
     def __init__(
@@ -63,8 +71,9 @@ class MLPPrefix(LinearPrefix):
         num_virtual_tokens: int,
         num_frozen_tokens: int = 0,
         projection_dim: int = 16,
+        embedding_step: float = EMBEDDING_STEP,
     ) -> None:
-        super().__init__(geometry, num_virtual_tokens, num_frozen_tokens, projection_dim)
+        super().__init__(geometry, num_virtual_tokens, num_frozen_tokens, projection_dim, embedding_step)
         device = geometry.device
         bound = projection_dim**-0.5
         self.hidden_weight = nn.Parameter(torch.empty(projection_dim, projection_dim, device=device))
@@ -72,4 +81,4 @@ class MLPPrefix(LinearPrefix):
         nn.init.uniform_(self.hidden_weight, -bound, bound)
 
     def compute_features(self) -> Tensor:
-        return torch.tanh(nn.functional.linear(self.embedding, self.hidden_weight, self.hidden_bias))
+        return torch.tanh(nn.functional.linear(super().compute_features(), self.hidden_weight, self.hidden_bias))
