@@ -149,7 +149,9 @@ def generate_on_from_a_cache(method: Method, directory: Path) -> None:
     settings = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True}
     first = model.generate(input_ids=ids, **settings)
     longer = torch.cat([first.sequences, draw_tokens(batch_size=1, length=4, seed=6)], dim=1)
-    second = model.generate(input_ids=longer, past_key_values=first.past_key_values, **settings)
+    # Without a mask, `generate` takes what happens to be the padding token for padding.
+    mask = torch.ones_like(longer)
+    second = model.generate(input_ids=longer, attention_mask=mask, past_key_values=first.past_key_values, **settings)
     assert_same_tokens(second.sequences, continue_greedily(model, longer, steps=3))
 
 
