@@ -350,9 +350,14 @@ class PrefixPlusConfig(PeftConfig):
             geometry ([`AttentionGeometry`]): of the attention module.
             num_virtual_tokens (`int`): its prefix length.
         """
-        step = EMBEDDING_STEP if self.embedding_step is None else self.embedding_step
+        assert self.embedding_step is not None  # resolved by `__post_init__`
         return build_encoder(
-            self.projection, geometry, num_virtual_tokens, self.num_frozen_tokens, self.projection_dim, step
+            self.projection,
+            geometry,
+            num_virtual_tokens,
+            self.num_frozen_tokens,
+            self.projection_dim,
+            self.embedding_step,
         )
 
     def remember_resolved(self, resolved: "PrefixPlusConfig") -> None:
