@@ -11,9 +11,9 @@ from torch import nn
 from .config import PrefixPlusConfig
 
 
-def list_own_adapters(configs: Mapping[str, PeftConfig]) -> set[str]:
+def list_own_adapters(configs: Mapping[str, PeftConfig]) -> list[str]:
     """Names of the prefixes among the adapters of a model, whose tuners share their configurations."""
-    return {name for name, config in configs.items() if isinstance(config, PrefixPlusConfig)}
+    return [name for name, config in configs.items() if isinstance(config, PrefixPlusConfig)]
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -17,6 +18,7 @@ from .architectures import (
     find_attention_modules,
     find_device,
     find_input_shapes,
+    find_inputs,
     find_missing_weights,
     find_numbered_stacks,
     find_position_tables,
@@ -25,6 +27,7 @@ from .architectures import (
     uses_absolute_positions,
 )
 from .attention import record_states
+from .auxiliary import list_own_adapters
 from .layer import PrefixPlusLayerBase, list_layers
 from .states import PrefixStates
 
@@ -145,22 +148,28 @@ def _build_text_inputs(model: PreTrainedModel, ids: Tensor) -> dict[str, Any]:
 
 @contextmanager
 def _negative_positions(model: PreTrainedModel) -> Iterator[None]:
-    """Let the tokens stand right before position 0, where only distances count."""
+    """Let the tokens stand right before position 0, where only distances count.
+
+    The decoder of a pair numbers its own; other inner models are told by the outer ones.
+    """
     stacks = find_numbered_stacks(model)
     if not stacks or find_position_tables(model) or uses_absolute_positions(model):
         yield
         return
 
     def number(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        inputs = next(item for item in (*args, *kwargs.values()) if isinstance(item, Tensor))
+        inputs = find_inputs(args, kwargs)
+        if inputs is None or kwargs.get("position_ids") is not None:
+            return None
         positions = torch.arange(-inputs.shape[1], 0, device=inputs.device)[None]
         return args, {**kwargs, "position_ids": positions}
 
-    handle = stacks[0].register_forward_pre_hook(number, with_kwargs=True)
+    handles = [stack.register_forward_pre_hook(number, with_kwargs=True) for stack in stacks]
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def _check_room(model: PreTrainedModel, num_tokens: int) -> None:
@@ -173,11 +182,21 @@ def _check_room(model: PreTrainedModel, num_tokens: int) -> None:
         )
 
 
+def _list_auxiliary(model: nn.Module) -> list[Any]:
+    """What was trained beside prefixes, such as heads; that of LoRA stays active, whichever prefix is."""
+    own = list_own_adapters(vars(model).get("peft_config", {}))
+    wrappers = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+    wrappers = [wrapper for wrapper in wrappers if set(wrapper.active_adapters) <= set(own)]
+    # Rows of embeddings are in a layer inside of their wrapper, which is asked whether it is disabled.
+    rows = [wrapper.token_adapter for wrapper in wrappers if isinstance(wrapper, TrainableTokensWrapper)]
+    return [*wrappers, *rows]
+
+
 @contextmanager
 def _bare_evaluation(model: nn.Module) -> Iterator[None]:
-    """Switch every module to evaluation and every prefix off, and back."""
+    """Switch every module to evaluation and every prefix off, with what was trained beside it, and back."""
     modes = {module: module.training for module in model.modules()}
-    layers = list_layers(model, PrefixPlusLayerBase)
+    layers = [*list_layers(model, PrefixPlusLayerBase), *_list_auxiliary(model)]
     disabled = [layer.disable_adapters for layer in layers]
     for module in modes:
         # In evaluation, bitsandbytes may repack the weights for inference, and then passes no gradients on any more.

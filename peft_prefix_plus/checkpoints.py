@@ -26,6 +26,8 @@ from .weights import (
     read_tensor_infos,
 )
 
+# What adapters lack that were saved before embeddings had a step.
+EMBEDDING_STEP = ".embedding_step"
 # The rows of an embedding in the file of an adapter with `trainable_token_indices`.
 TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
 
@@ -77,18 +79,25 @@ def find_modules_to_save(
     """Find what `modules_to_save` means in a model, by PEFT's rule: every name that ends so.
 
     Raises:
-        ValueError: if one of them holds an attention module that gets a prefix, or is held by it.
+        ValueError: if one of them holds an attention module that gets a prefix, or a table of positions in which it
+            moves the input, or is held by one.
     """
     found = {}
     for name, module in model.named_modules():
         if not name.endswith(tuple(config.modules_to_save or ())) or ".modules_to_save." in name:
             continue
         bare = name.replace(".base_layer", "")
-        clash = [other for other in plan.lengths if f"{other}.".startswith(f"{bare}.") or bare.startswith(f"{other}.")]
+        others = (*plan.lengths, *plan.position_shifts)
+        clash = [other for other in others if f"{other}.".startswith(f"{bare}.") or bare.startswith(f"{other}.")]
         if clash:
             raise ValueError(
                 f"`modules_to_save` {config.modules_to_save} means {bare}, which has modules in common with "
-                f"{clash[0]}, which gets a prefix. Name other modules, or leave this one out of `target_modules`."
+                f"{clash[0]}, which "
+                + (
+                    "gets a prefix. Name other modules, or leave this one out of `target_modules`."
+                    if clash[0] in plan.lengths
+                    else "numbers the input behind the prefix. Name other modules."
+                )
             )
         found[name] = module.original_module if isinstance(module, ModulesToSaveWrapper) else module
     return found
@@ -183,7 +192,7 @@ def _find_misfit(
     required: Mapping[str, TensorInfo], optional: Mapping[str, TensorInfo], given: Mapping[str, TensorInfo]
 ) -> str | None:
     """Compare names, shapes and dtypes."""
-    missing = [name for name in required if name not in given]
+    missing = [name for name in required if name not in given and not name.endswith(EMBEDDING_STEP)]
     if missing:
         return f"{len(missing)} of {len(required)} tensors are missing, for instance {missing[0]!r}."
     known = {**optional, **required}

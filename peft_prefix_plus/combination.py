@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from .auxiliary import list_own_adapters
 from .config import PrefixPlusConfig
 from .encoders import DirectPrefix, PrefixEncoder
 from .injection import check_adapter_name, plan_injection
@@ -82,9 +83,10 @@ def _check_arguments(
     check_adapter_name(adapter_name)
     if isinstance(adapters, str) or not adapters:
         raise ValueError(f"`adapters` must be a list of at least one name, got {adapters!r}.")
+    own = list_own_adapters(tuner.peft_config)
     for name in adapters:
-        if name not in tuner.peft_config:
-            raise ValueError(f"There is no adapter {name!r}; the model has {', '.join(tuner.peft_config)}.")
+        if name not in own:
+            raise ValueError(f"There is no prefix {name!r}; the model has {', '.join(own)}.")
     with_rows = [name for name in adapters if tuner.peft_config[name].trainable_token_indices]
     if with_rows:
         raise ValueError(f"{', '.join(with_rows)} trained rows of embeddings, which cannot be combined.")
@@ -166,14 +168,14 @@ def _check_shapes(sources: Sequence[_Source]) -> None:
 
 
 def _have_equal_starts(encoder: PrefixEncoder, other: PrefixEncoder) -> bool:
-    buffers = dict(other.named_buffers())
-    return all(torch.equal(buffer, buffers[name]) for name, buffer in encoder.named_buffers())
+    pairs = zip(encoder.get_start().values(), other.get_start().values(), strict=True)
+    return all(torch.equal(own, its) for own, its in pairs)
 
 
 def _add_deltas(encoders: Sequence[PrefixEncoder], weights: Sequence[float]) -> DirectPrefix:
     """`anchor + scale * (w_1 delta_1 + w_2 delta_2 + ...)`, with the deltas as what remains to be trained."""
     result = _build_direct(encoders)
-    result.load_state_dict(dict(encoders[0].named_buffers()), strict=False)
+    result.load_state_dict(encoders[0].get_start(), strict=False)
     for encoder, weight in zip(encoders, weights, strict=True):
         for parameter, delta in zip((result.delta_keys, result.delta_values), encoder.compute_delta(), strict=True):
             # Frozen tokens have no delta, and the result has no more of them than any of the others.

@@ -12,6 +12,7 @@ from .architectures import AttentionGeometry
 from .config import PrefixPlusConfig
 from .encoders import PrefixEncoder, fold_encoder
 from .model_card import CARD_NAME
+from .weights import PEFT_PREFIX
 
 _ENCODER = ".prefix_plus_encoder."
 
@@ -73,7 +74,7 @@ def group_weights(weights: dict[str, Tensor]) -> tuple[dict[str, dict[str, Tenso
 
 def _rebuild_encoder(module_name: str, tensors: dict[str, Tensor], config: PrefixPlusConfig) -> PrefixEncoder:
     """Build the encoder of one module from its saved tensors, whose shapes tell its geometry."""
-    expected = config.resolve_num_virtual_tokens(module_name)
+    expected = config.resolve_num_virtual_tokens(module_name.removeprefix(PEFT_PREFIX))
     if "anchor_keys" in tensors and tensors["anchor_keys"].shape[1] != expected:
         raise ValueError(
             f"The weights of {module_name} hold {tensors['anchor_keys'].shape[1]} virtual tokens, the configuration "

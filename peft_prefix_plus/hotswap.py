@@ -247,6 +247,12 @@ def _sort_other_weights(base: Any, adapter_name: str, weights: dict[str, Tensor]
         if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save
     }
     expected = {f"{name}.{key}": tensor for name, state in wrappers.items() for key, tensor in state.items()}
+    offloaded = [key for key, tensor in expected.items() if tensor.is_meta]
+    if offloaded:
+        raise ValueError(
+            f"{offloaded[0]!r}, which was trained beside the prefix, is offloaded, and cannot be swapped there. Use "
+            "`load_adapter` and `set_adapter`."
+        )
     different = sorted(expected.keys() ^ weights.keys())
     different += [key for key in expected if key in weights and weights[key].shape != expected[key].shape]
     if different:
@@ -258,13 +264,17 @@ def _sort_other_weights(base: Any, adapter_name: str, weights: dict[str, Tensor]
 
 
 def _replace_encoder(layer: PrefixPlusLayer, adapter_name: str, new: PrefixEncoder, config: PrefixPlusConfig) -> None:
-    """Copy into the present encoder where it has the same tensors, or is a slot; else put the new one in its place."""
+    """Copy into the present encoder where it has the same tensors, or is a slot; else put the new one in its place.
+
+    What offloading has left on the meta device would not take a copy, and not say so.
+    """
     present, dropout = layer.get_encoder(adapter_name), layer.prefix_plus_dropout[adapter_name]
     if isinstance(present, PrefixSlot):
         present.fill(new)
         return
     shapes = {name: tensor.shape for name, tensor in new.state_dict().items()}
-    if type(present) is type(new) and shapes == {name: own.shape for name, own in present.state_dict().items()}:
+    is_alike = type(present) is type(new) and shapes == {n: own.shape for n, own in present.state_dict().items()}
+    if is_alike and not any(tensor.is_meta for tensor in present.state_dict().values()):
         present.load_state_dict(new.state_dict())
     else:
         new.requires_grad_(any(parameter.requires_grad for parameter in present.parameters()))

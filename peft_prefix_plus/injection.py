@@ -18,6 +18,7 @@ from .architectures import (
     find_missing_weights,
     find_owner,
     find_position_tables,
+    find_trained_position_table,
     is_cross_attention,
     is_on_disk,
     read_geometry,
@@ -77,6 +78,7 @@ def plan_injection(config: PrefixPlusConfig, model: PreTrainedModel) -> Injectio
     if not modules:
         raise ValueError(f"{type(model).__name__} {explain_missing_attention(model)}")
     _check_loading()
+    _check_position_tables(config, model)
     find_token_rows(config, model)
     given = config
     is_filled_later = config.prefix_is_initialized or (
@@ -128,7 +130,7 @@ def _copy_initial_states(
         if not isinstance(layer, PrefixPlusLayer):
             continue
         encoders = [layer.get_encoder(twin) for twin in twins if twin in layer.list_adapters()]
-        for encoder in [encoder for encoder in encoders if encoder.initialized][:1]:
+        for encoder in [encoder.extract() for encoder in encoders if encoder.initialized][:1]:
             states[name] = InitialStates(
                 PrefixStates(encoder.anchor_keys[None], encoder.anchor_values[None]),
                 PrefixStates(encoder.scale_keys[None], encoder.scale_values[None]),
@@ -174,6 +176,17 @@ def _check_loading() -> None:
             "FSDP was told to load the weights in the first process only (`fsdp_cpu_ram_efficient_loading`). The "
             "others cannot compute a prefix, and accelerate cannot send them the frozen part of one. "
             "Set `fsdp_cpu_ram_efficient_loading: false` (`cpu_ram_efficient_loading` in `fsdp_config`)."
+        )
+
+
+def _check_position_tables(config: PrefixPlusConfig, model: PreTrainedModel) -> None:
+    """Refuse to move the input in a table of which every adapter has its own, trained one."""
+    name = find_trained_position_table(model) if config.initializes_from_tokens else None
+    if name is not None:
+        raise ValueError(
+            f"Another adapter of the model trains {name}, which numbers the input (`modules_to_save` or "
+            "`trainable_token_indices`), so a prefix made from tokens cannot move it. Use `prefix_init='random'`, or "
+            "a model without that adapter."
         )
 
 

@@ -1,6 +1,6 @@
 """Mixed batches: every row of a forward has an adapter of its own."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -81,8 +81,8 @@ class RowAdapters:
         return [numbers.get(name, 0) for name in self.repeat(batch_size)]
 
 
-def check_adapter_names(adapter_names: Any, available: Mapping[str, object], is_training: bool) -> None:
-    """Check the argument `adapter_names` of a forward.
+def check_adapter_names(adapter_names: Any, available: Collection[str], is_training: bool) -> None:
+    """Check the argument `adapter_names` of a forward against the prefixes of a model.
 
     Raises:
         TypeError: if it is not a list of names.
@@ -93,18 +93,24 @@ def check_adapter_names(adapter_names: Any, available: Mapping[str, object], is_
     unknown = sorted(set(adapter_names) - set(available) - {BASE})
     if unknown or not adapter_names:
         raise ValueError(
-            f"`adapter_names` has {unknown}, but the model has the adapters {', '.join(available)}. Rows without an "
-            f"adapter are named {BASE!r}."
+            f"`adapter_names` has {unknown}, but the model has the prefixes {', '.join(available)}. Rows without one "
+            f"are named {BASE!r}."
         )
     if is_training:
         raise ValueError("`adapter_names` is for inference, and the model is in training mode. Call `model.eval()`.")
 
 
-def _name_rows(rows: RowAdapters, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Tell a module that is trained and saved beside the adapters, such as a head, whose row is whose."""
+def _name_rows(
+    rows: RowAdapters, own: Collection[str], module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Tell a module that is trained and saved beside the adapters, such as a head, whose row is whose.
+
+    What LoRA trained beside the prefixes is used by all rows whose prefix has nothing in its place.
+    """
     states: Tensor = args[0] if args else next(item for item in kwargs.values() if isinstance(item, Tensor))
     available = module._get_available_adapters()
-    names = [name if name in available else BASE for name in rows.repeat(len(states))]
+    shared = next((name for name in module.active_adapters if name not in own), BASE)
+    names = [name if name in available else shared for name in rows.repeat(len(states))]
     return args, {**kwargs, "adapter_names": names}
 
 
@@ -115,17 +121,20 @@ def _count_rows(rows: RowAdapters, module: nn.Module, args: tuple[Any, ...], kwa
 
 
 @contextmanager
-def name_rows(model: nn.Module, stacks: Sequence[nn.Module], rows: RowAdapters) -> Iterator[None]:
+def name_rows(
+    model: nn.Module, stacks: Sequence[nn.Module], rows: RowAdapters, own: Collection[str]
+) -> Iterator[None]:
     """Have modules in `modules_to_save` take part in a mixed batch, and some models count its rows.
 
     Args:
         model (`nn.Module`): the model.
         stacks (`Sequence[nn.Module]`): those that write to `rows.batch_size` how many rows they got.
         rows ([`RowAdapters`]): the rows.
+        own (`Collection[str]`): names of the prefixes, unlike those of other methods in the model.
     """
     wrappers = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
     handles = [
-        wrapper.register_forward_pre_hook(partial(_name_rows, rows), with_kwargs=True) for wrapper in wrappers
+        wrapper.register_forward_pre_hook(partial(_name_rows, rows, own), with_kwargs=True) for wrapper in wrappers
     ] + [stack.register_forward_pre_hook(partial(_count_rows, rows), with_kwargs=True) for stack in stacks]
     try:
         yield

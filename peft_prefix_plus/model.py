@@ -165,14 +165,15 @@ class PrefixPlusModel(BaseTuner):
             adapter_names (`str` or `Sequence[str]`, *optional*): which ones; `None`: all.
 
         Raises:
-            ValueError: if there is no adapter of that name.
+            ValueError: if there is no prefix of that name.
         """
+        own = list_own_adapters(self.peft_config)
         if adapter_names is None:
-            adapter_names = list(self.peft_config)
+            adapter_names = own
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         for name in names:
-            if name not in self.peft_config:
-                raise ValueError(f"There is no adapter {name!r}; the model has {', '.join(self.peft_config)}.")
+            if name not in own:
+                raise ValueError(f"There is no prefix {name!r}; the model has {', '.join(own)}.")
         for name in names:
             for layer in list_layers(self.model, PrefixPlusLayer):
                 if name in layer.list_adapters():
@@ -230,9 +231,9 @@ class PrefixPlusModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        adapter_names, rows = kwargs.get("adapter_names"), None
+        adapter_names, rows, own = kwargs.get("adapter_names"), None, list_own_adapters(self.peft_config)
         if adapter_names is not None:
-            check_adapter_names(adapter_names, self.peft_config, self.training)
+            check_adapter_names(adapter_names, own, self.training)
             rows = RowAdapters(adapter_names)
             rows.check_inputs(args, kwargs, self.model.main_input_name)
         layers = list_layers(self.model, PrefixPlusLayerBase)
@@ -240,7 +241,8 @@ class PrefixPlusModel(BaseTuner):
             for layer in layers:
                 layer.begin_call(rows)
             try:
-                with nullcontext() if rows is None else name_rows(self.model, find_shifted_stacks(self.model), rows):
+                stacks = [] if rows is None else find_shifted_stacks(self.model)
+                with nullcontext() if rows is None else name_rows(self.model, stacks, rows, own):
                     yield
             finally:
                 for layer in layers:

@@ -205,8 +205,9 @@ def align_positions(model: PreTrainedModel, adapter_name: str, num_virtual_token
     moves_input = uses_absolute_positions(model)
     # transformers deletes adapters without telling the tuner.
     present = {name for layer in list_layers(model, PrefixPlusLayer) for name in layer.list_adapters()}
-    # Inner models may be called by themselves, and find the positions given otherwise. Nothing may be moved twice.
-    for stack in stacks[:1] if moves_input else stacks:
+    # Inner models may be called by themselves, and find the positions given otherwise. Nothing may be moved twice, so
+    # the innermost one moves it.
+    for stack in stacks[-1:] if moves_input else stacks:
         aligner = _find_aligner(stack)
         if aligner is None:
             aligner = PositionAligner(moves_input, uses_sectioned_rotary(stack), find_first_text_position(stack))

@@ -7,7 +7,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, Tra
 from torch import nn
 from transformers import PreTrainedModel
 
-from .architectures import find_token_embeddings, read_table_shape
+from .architectures import find_position_tables, find_token_embeddings, read_table_shape
 from .config import PrefixPlusConfig
 
 
@@ -22,8 +22,8 @@ def find_token_rows(config: PrefixPlusConfig, model: PreTrainedModel) -> dict[st
         `dict[str, tuple[int, int]]`: for each table the shape of the rows that are trained.
 
     Raises:
-        ValueError: if there is no such table, or it has no such row, or is trained as a whole; or if there are no
-            indices, but another adapter has some.
+        ValueError: if there is no such table, or it has no such row, is trained as a whole, or holds the positions in
+            which the prefix moves the input; or if there are no indices, but another adapter has some.
     """
     indices = config.trainable_token_indices
     wrappers = {name: module for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)}
@@ -37,8 +37,14 @@ def find_token_rows(config: PrefixPlusConfig, model: PreTrainedModel) -> dict[st
         chosen = {name: indices for name, table in tables.items() if table is _unwrap(embeddings)}
     else:
         chosen = {name: rows for key, rows in indices.items() for name in tables if name.endswith(key)}
+    numbering = find_position_tables(model) if config.initializes_from_tokens else {}
     shapes = {}
     for name, rows in chosen.items():
+        if name in numbering:
+            raise ValueError(
+                f"`trainable_token_indices` means {name}, which numbers the input behind a prefix made from tokens. "
+                "Leave it out, or use `prefix_init='random'`."
+            )
         shape = read_table_shape(tables[name])
         if shape is None or (rows and max(rows) >= shape[0]):
             raise ValueError(

@@ -65,7 +65,7 @@ def test_each_is_saved_and_loaded_as_itself(names, base, tmp_path):
     for number, name in enumerate(names):
         model.save_pretrained(tmp_path / str(number), selected_adapters=[name])
         folder = tmp_path / str(number) if name == "default" else tmp_path / str(number) / name
-        assert len(load_file(folder / "adapter_model.safetensors")) == 2 * 7
+        assert len(load_file(folder / "adapter_model.safetensors")) == 2 * 8
         # Under every other name of the group as well.
         other = names[number - 1]
         with warnings.catch_warnings():
@@ -79,7 +79,7 @@ def test_layers_do_not_lose_their_prefix_to_adapters_that_are_numbered_like_them
     names = ["0", "1", "10"]
     build(names).save_pretrained(tmp_path)
     assert {name: len(load_file(tmp_path / name / "adapter_model.safetensors")) for name in names} == dict.fromkeys(
-        names, 14
+        names, 16
     )
 
 

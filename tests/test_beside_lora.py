@@ -172,6 +172,48 @@ def test_mixed_batches_of_prefixes_beside_lora():
         torch.testing.assert_close(mixed[row], model(ids).logits[row], atol=1e-4, rtol=1e-4)
 
 
+def test_the_rows_of_a_mixed_batch_use_the_head_of_lora():
+    lora = add_lora_with_head()
+    ids = draw_tokens(batch_size=3)
+    expected = [lora(ids[2:]).logits[0]]
+    model = get_peft_model(lora.base_model.model, build_config("prefix"), adapter_name="prefix")
+    model.add_adapter("other", PrefixPlusConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    mixed = model.eval()(ids, adapter_names=["prefix", "other", "__base__"]).logits
+    for row, adapter_name in ((1, "other"), (0, "prefix")):
+        model.set_adapter(adapter_name)
+        expected.insert(0, model(ids[row : row + 1]).logits[0])
+    torch.testing.assert_close(mixed, torch.stack(expected), atol=1e-4, rtol=1e-4)
+
+
+def test_what_is_for_prefixes_refuses_lora():
+    models = add_both("llama")
+    model = models["prefix"]
+    expected = model(draw_tokens()).logits
+    refused = [
+        lambda: model.fold_prefix("lora"),
+        lambda: model.add_weighted_adapter(["prefix", "lora"], None, "joined", "cat"),
+        lambda: model(draw_tokens(), adapter_names=["prefix", "lora"]),
+    ]
+    for call in refused:
+        with pytest.raises(ValueError, match=r"lora.*the model has.* prefix"):
+            call()
+    model.fold_prefix()
+    assert set(model.peft_config) == {"lora", "prefix"} and model.peft_config["prefix"].projection == "none"
+    torch.testing.assert_close(model(draw_tokens()).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_table_of_positions_that_lora_trains_is_refused():
+    config = build_config("lora")
+    config.modules_to_save = ["wpe"]
+    base = get_peft_model(build_model("gpt2"), config, adapter_name="lora").eval().base_model.model
+    expected = base(draw_tokens()).logits
+    with pytest.raises(ValueError, match=r"trains transformer\.wpe"):
+        get_peft_model(base, build_config("prefix"), adapter_name="prefix")
+    assert torch.equal(base(draw_tokens()).logits, expected)
+    random = PrefixPlusConfig(task_type="CAUSAL_LM", prefix_init="random")
+    get_peft_model(base, random, adapter_name="prefix")(draw_tokens())
+
+
 @architectures
 def test_the_adapter_methods_of_transformers_take_both(name, tmp_path):
     model, ids = build_model(name), draw_tokens()

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import add_prefix, draw_tokens, perturb
+from helpers import INIT_TOKEN_IDS, add_prefix, draw_tokens, perturb
 from peft import PeftModel, inject_adapter_in_model
 from tiny_models import ARCHITECTURES, MAX_POSITIONS, VOCAB_SIZE, build_model
 from torch.testing import assert_close
@@ -130,6 +130,29 @@ def test_active_prefixes_are_left_out_and_left_alone(name, wrapped):
     assert [parameter.requires_grad for parameter in model.parameters()] == trainable
     assert [module.config for module in find_attention_modules(base).values()] == configs
     assert torch.equal(model.base_model(ids).logits, logits)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"modules_to_save": ["embed_tokens"]}, {}),
+        ({"modules_to_save": ["input_layernorm"]}, {}),
+        ({"trainable_token_indices": [IDS[0]]}, {"trainable_token_indices": [1]}),
+    ],
+    ids=str,
+)
+def test_what_was_trained_beside_a_prefix_is_left_out(first, second):
+    expected = add_prefix(build_model("llama"))(draw_tokens()).logits
+    model = add_prefix(build_model("llama"), prefix_init_token_ids=[3, 4], **first)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.5 * parameter.requires_grad
+    trained = model(draw_tokens()).logits
+    config = PrefixPlusConfig(task_type="CAUSAL_LM", prefix_init_token_ids=INIT_TOKEN_IDS, **second)
+    model.add_adapter("other", config)
+    assert torch.equal(model(draw_tokens()).logits, trained)
+    model.set_adapter("other")
+    assert_close(model.eval()(draw_tokens()).logits, expected)
 
 
 def test_disabled_prefixes_stay_disabled():

@@ -123,6 +123,11 @@ def test_loading_never_runs_the_initialization(name, settings, tmp_path):
     assert torch.equal(run(loaded), expected) and torch.equal(run(loaded, "other"), expected)
 
 
+def lose_steps(weights: dict) -> None:
+    for name in [name for name in weights if name.endswith("embedding_step")]:
+        del weights[name]
+
+
 @pytest.mark.parametrize("projection", ["linear", "mlp"])
 def test_adapters_from_before_embeddings_had_a_step_keep_what_they_compute(projection, tmp_path):
     expected = run(save(tmp_path, projection=projection, embedding_step=1.0))
@@ -130,10 +135,26 @@ def test_adapters_from_before_embeddings_had_a_step_keep_what_they_compute(proje
     written = json.loads(path.read_text())
     del written["embedding_step"]
     path.write_text(json.dumps(written))
+    rewrite_weights(tmp_path, lose_steps)
     loaded = PeftModel.from_pretrained(build_model("llama"), tmp_path)
     assert torch.equal(run(loaded), expected)
     loaded.save_pretrained(tmp_path / "again")
     assert json.loads((tmp_path / "again" / "adapter_config.json").read_text())["embedding_step"] == 1.0
+    assert torch.equal(run(PeftModel.from_pretrained(build_model("llama"), tmp_path / "again")), expected)
+
+
+@pytest.mark.parametrize("loses_steps", [False, True])
+@pytest.mark.parametrize("projection", ["linear", "mlp"])
+def test_weights_bring_the_step_of_their_embeddings(projection, loses_steps, tmp_path):
+    """As when a `Trainer` resumes: the configuration stays that of the model."""
+    expected = run(save(tmp_path, projection=projection, embedding_step=1.0))
+    if loses_steps:
+        rewrite_weights(tmp_path, lose_steps)
+    model = add_prefix(build_model("llama"), projection=projection)
+    model.load_adapter(tmp_path, "default")
+    assert torch.equal(run(model), expected)
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(run(PeftModel.from_pretrained(build_model("llama"), tmp_path / "again")), expected)
 
 
 def test_loading_needs_no_tokenizer(tmp_path):
@@ -326,8 +347,8 @@ BAD = {
         pickle_instead(list),
         f"@/adapter_model.bin must hold a dict of names and tensors. {AGAIN}",
     ),
-    "missing": (on_weights(lose_one), f"{MISFIT}1 of 14 tensors are missing, for instance '{ENCODER}anchor_keys'."),
-    "empty": (on_weights(lose_all), f"{MISFIT}14 of 14 tensors are missing, for instance '{ENCODER}embedding'."),
+    "missing": (on_weights(lose_one), f"{MISFIT}1 of 16 tensors are missing, for instance '{ENCODER}anchor_keys'."),
+    "empty": (on_weights(lose_all), f"{MISFIT}14 of 16 tensors are missing, for instance '{ENCODER}embedding'."),
     "foreign": (
         on_weights(add_foreign),
         f"{MISFIT}1 tensors have no place in it, for instance "
@@ -390,7 +411,7 @@ BAD = {
     ),
     "other_layers": (
         on_config(layers_to_transform=[0]),
-        f"{MISFIT}7 tensors have no place in it, for instance "
+        f"{MISFIT}8 tensors have no place in it, for instance "
         "'model.layers.1.self_attn.prefix_plus_encoder.anchor_keys'.",
     ),
     "layers_that_are_not_there": (
@@ -403,7 +424,7 @@ BAD = {
     ),
     "head_that_is_not_in_the_file": (
         on_config(modules_to_save=["lm_head"]),
-        f"{MISFIT}1 of 15 tensors are missing, for instance 'lm_head.weight'.",
+        f"{MISFIT}1 of 17 tensors are missing, for instance 'lm_head.weight'.",
     ),
     "head_inside_of_attention": (
         on_config(modules_to_save=["q_proj"]),
@@ -467,7 +488,7 @@ def test_a_bad_file_beside_a_good_adapter_changes_nothing(kind, tmp_path):
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (lambda weights: weights.pop(NORM), "1 of 19 tensors are missing, for instance 'model.norm.weight'"),
+        (lambda weights: weights.pop(NORM), "1 of 21 tensors are missing, for instance 'model.norm.weight'"),
         (lambda weights: weights.update({NORM: torch.ones(3)}), "has shape (3,), but the model needs (32,)"),
         (lambda weights: weights[NORM].fill_(float("nan")), "holds values that are not finite numbers"),
         (lambda weights: weights.update({NORM: torch.ones(32, dtype=torch.int64)}), "has dtype I64"),

@@ -291,7 +291,7 @@ def refuse(model: PeftModel, match: str, *args, **kwargs) -> None:
 @pytest.mark.parametrize(
     ("match", "arguments"),
     [
-        ("no adapter 'nobody'; the model has default, twin", (["default", "nobody"], [1, 1], "new")),
+        ("no prefix 'nobody'; the model has default, twin", (["default", "nobody"], [1, 1], "new")),
         ("an adapter 'twin' already", (["default", "twin"], [1, 1], "twin")),
         ("2 adapters, but 1 weights", (["default", "twin"], [1], "new")),
         ("2 adapters, but 3 weights", (["default", "twin"], [1, 1, 1], "new", "cat")),

@@ -9,6 +9,7 @@ from helpers import add_prefix, draw_tokens, named_prefix_parameters, perturb
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_models import build_model
+from torch.testing import assert_close
 
 from peft_prefix_plus import PrefixPlusConfig
 from peft_prefix_plus.encoders import PROJECTIONS, DirectPrefix, PrefixEncoder
@@ -78,7 +79,7 @@ def test_the_users_config_keeps_its_projection():
 @pytest.mark.parametrize("names", ["nope", ["default", "nope"]])
 def test_an_unknown_adapter_raises_before_anything_is_folded(names):
     model = build_pair()
-    with pytest.raises(ValueError, match=r"no adapter 'nope'; the model has default, other"):
+    with pytest.raises(ValueError, match=r"no prefix 'nope'; the model has default, other"):
         model.fold_prefix(names)
     assert model.peft_config["default"].projection == "mlp"
     assert not any(type(encoder) is DirectPrefix for encoder in list_encoders(model, "default"))
@@ -217,7 +218,7 @@ def drop(weights: dict, ending: str) -> None:
     [
         lambda weights: drop(weights, "anchor_keys"),
         lambda weights: drop(weights, "hidden_bias"),
-        lambda weights: weights.update({key: tensor[..., :-1].clone() for key, tensor in weights.items()}),
+        lambda weights: weights.update({key: own[..., :-1].clone() for key, own in weights.items() if own.dim()}),
         lambda weights: weights.update({next(iter(weights)).rpartition(".")[0] + ".surplus": torch.zeros(1)}),
     ],
     ids=["no-anchor", "no-bias", "cut", "surplus"],
@@ -246,3 +247,12 @@ def test_files_of_different_adapters_are_not_folded(tmp_path):
     with pytest.raises(ValueError, match="different adapters"):
         fold_adapter(str(tmp_path), str(tmp_path / "folded"))
     assert not (tmp_path / "folded").exists()
+
+
+def test_a_pattern_that_begins_at_the_model_is_read_from_there(tmp_path):
+    model = add_prefix(build_model("llama"), num_virtual_tokens_pattern={r"^model\.layers\.0\.self_attn": 2})
+    perturb(model)
+    expected = run(model)
+    model.save_pretrained(tmp_path / "saved")
+    fold_adapter(str(tmp_path / "saved"), str(tmp_path / "folded"))
+    assert_close(run(PeftModel.from_pretrained(build_model("llama"), tmp_path / "folded")), expected)

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from behaviours.hub_client import OWNER, STRANGER_TOKEN, TOKEN, get_hub, in_client
 from helpers import (
     Snapshot,
@@ -340,6 +341,43 @@ def test_other_saved_modules_are_swapped(length, tmp_path):
     assert_close(run(model), run(load("llama", tmp_path / "second")), atol=2e-5, rtol=1e-4)
     with model.disable_adapter():
         assert torch.equal(run(model), build_model("llama")(draw_tokens()).logits)
+
+
+@pytest.mark.parametrize("projection", ["linear", "mlp"])
+def test_the_step_of_embeddings_comes_with_the_weights(projection, tmp_path):
+    expected = run(save(tmp_path / "first", projection=projection, embedding_step=1.0))
+    model = add_prefix(build_model("llama"), projection=projection)
+    hotswap_adapter(model, str(tmp_path / "first"), "default")
+    assert torch.equal(run(model), expected)
+    model.fold_prefix()
+    assert_close(run(model), expected)
+
+
+def test_an_offloaded_adapter_is_swapped_as_a_whole(tmp_path):
+    expected = run(save(tmp_path, prefix_init_token_ids=[7, 8, 9, 4, 5]))
+    model = add_prefix(build_model("llama"))
+    perturb(model, seed=5)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    hotswap_adapter(model, str(tmp_path), "default")
+    assert torch.equal(run(model), expected)
+
+
+def test_an_offloaded_head_is_refused(tmp_path):
+    save(tmp_path, modules_to_save=["norm"])
+    model = add_prefix(build_model("llama"), modules_to_save=["norm"])
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    before = run(model)
+    with pytest.raises(ValueError, match=r"norm.*is offloaded"):
+        hotswap_adapter(model, str(tmp_path), "default")
+    assert torch.equal(run(model), before)
+
+
+def test_another_adapter_starts_where_a_prepared_one_did():
+    model = add_prefix(build_model("llama"))
+    expected = run(model)
+    prepare_model_for_compiled_hotswap(model, num_virtual_tokens=9)
+    model.add_adapter("twin", model.peft_config["default"])
+    assert_close(run(model, "twin"), expected)
 
 
 @pytest.mark.parametrize("model_type", ["bloom", "ctrl", "ministral3", "mpt", "gptj", "bart"])

@@ -209,3 +209,22 @@ def test_a_pattern_without_effect_warns_and_a_layer_that_is_not_there_raises():
     with pytest.raises(ValueError, match=r"layers \[9\]"):
         add_prefix(model, layers_to_transform=[0, 9])
     snapshot.assert_unchanged(model)
+
+
+@pytest.mark.parametrize(
+    ("build", "module"),
+    [
+        (lambda: build_model("gpt2"), "wpe"),
+        (lambda: build_model("opt"), "embed_positions"),
+        (lambda: build_zoo_model("encoder", "bert"), "embeddings"),
+        (lambda: build_zoo_model("encoder", "bert"), "position_embeddings"),
+    ],
+    ids=["gpt2", "opt", "bert", "bert-table"],
+)
+def test_a_table_of_positions_is_not_trained_where_the_input_moves(build, module):
+    base = build()
+    snapshot = Snapshot(base)
+    with pytest.raises(ValueError, match=f"modules_to_save.*{module}.*numbers the input"):
+        get_peft_model(base, PrefixPlusConfig(prefix_init_token_ids=INIT_TOKEN_IDS, modules_to_save=[module]))
+    snapshot.assert_unchanged(base)
+    get_peft_model(base, PrefixPlusConfig(prefix_init="random", modules_to_save=[module]))

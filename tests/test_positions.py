@@ -230,6 +230,30 @@ def test_the_backbone_called_by_itself_gives_the_same(name):
     assert_close(base.base_model(ids, attention_mask=mask).last_hidden_state[mask.bool()], expected[mask.bool()])
 
 
+@pytest.mark.parametrize("model_type", ["gptj", "ctrl", "ministral3"])
+def test_the_backbone_called_by_itself_gives_the_same_where_a_start_counts(model_type):
+    model = add_prefix(build_zoo_model("causal", model_type))
+    ids, base = draw_tokens(), model.get_base_model()
+    expected = base(ids, output_hidden_states=True).hidden_states[-1]
+    assert_close(base.base_model(ids).last_hidden_state, expected)
+
+
+def test_the_decoder_of_a_pair_numbers_its_own_input():
+    """T5Gemma: rotary positions, those of encoder and decoder in arguments of their own."""
+    base, ids = build_zoo_model("seq2seq", "t5gemma"), draw_tokens()
+    # What a second layer reads depends on the encoder's input, which is another one in the capture.
+    base.model.decoder.layers = base.model.decoder.layers[:1]
+    start = torch.tensor([INIT_TOKEN_IDS]).expand(len(ids), -1)
+    expected = base(input_ids=ids, decoder_input_ids=torch.cat([start, ids], 1)).logits[:, P:]
+    config = PrefixPlusConfig(prefix_init_token_ids=INIT_TOKEN_IDS, target_modules=r".*decoder.*\.self_attn")
+    model = get_peft_model(base, config).eval()
+    assert_close(model(input_ids=ids, decoder_input_ids=ids).logits, expected, **TOLERANCE)
+    rows, mask = pad_rows(ids, [7, 7], "left")
+    rows, mask = (torch.nn.functional.pad(item, (2, 0)) for item in (rows, mask))
+    padded = model(input_ids=ids, decoder_input_ids=rows, decoder_attention_mask=mask).logits[:, 2:]
+    assert_close(padded, expected, **TOLERANCE)
+
+
 @rotary
 def test_arguments_by_position_equal_those_by_name(name):
     model = get_peft_model(build_model(name), PrefixPlusConfig(prefix_init_token_ids=INIT_TOKEN_IDS)).eval()
@@ -311,7 +335,7 @@ def test_several_adapters_move_the_input_by_the_sum_where_a_start_counts():
     model, ids = add_prefix(base), draw_tokens()
     add_second(model, [3, 4, 6])
     starts = []
-    base.register_forward_pre_hook(
+    base.base_model.register_forward_pre_hook(
         lambda module, args, kwargs: starts.append(int(kwargs["position_ids"][0, 0])), with_kwargs=True
     )
     for adapters in (["default"], ["other"], ["default", "other"]):

@@ -113,3 +113,12 @@ def test_an_adapter_without_rows_beside_one_that_has_some_is_refused(tmp_path):
     snapshot.assert_unchanged(model)
     assert list(model.peft_config) == ["default"]
     model.save_pretrained(tmp_path)
+
+
+def test_rows_of_positions_are_refused_where_the_input_moves():
+    base = build_model("gpt2")
+    snapshot = Snapshot(base)
+    with pytest.raises(ValueError, match=r"trainable_token_indices.*wpe, which numbers the input"):
+        add_prefix(base, trainable_token_indices={"wpe": [5]})
+    snapshot.assert_unchanged(base)
+    add_prefix(base, prefix_init="random", trainable_token_indices={"wpe": [5]})(draw_tokens())

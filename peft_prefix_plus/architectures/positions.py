@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.ibert.quant_modules import QuantEmbedding
@@ -31,10 +32,33 @@ def find_position_tables(model: nn.Module) -> dict[str, nn.Module]:
     return {
         name: module
         for name, module in iterate_base_modules(model)
-        if name.rpartition(".")[2] in POSITION_TABLE_NAMES
-        and (type(module).forward in _LOOKUPS or counts_positions_itself(module))
-        and belongs_to_text(model, name)
+        if _is_position_table(name, module) and belongs_to_text(model, name)
     }
+
+
+def find_trained_position_table(model: nn.Module) -> str | None:
+    """Find a table of absolute positions that an adapter of the model has trained, alone or with modules around it.
+
+    Args:
+        model (`nn.Module`): a transformers model.
+
+    Returns:
+        `str`, *optional*: the name of what was trained. PEFT has put a wrapper in its place.
+    """
+    name: str
+    for name, wrapper in model.named_modules():
+        if isinstance(wrapper, AuxiliaryTrainingWrapper) and belongs_to_text(model, name):
+            inside = wrapper.original_module.named_modules(prefix=name)
+            if any(_is_position_table(inner, module) for inner, module in inside):
+                return name
+    return None
+
+
+def _is_position_table(name: str, module: nn.Module) -> bool:
+    # PEFT keeps the original of what an adapter trains inside of a wrapper.
+    return name.removesuffix(".original_module").rpartition(".")[2] in POSITION_TABLE_NAMES and (
+        type(module).forward in _LOOKUPS or counts_positions_itself(module)
+    )
 
 
 def read_position_limit(model: PreTrainedModel) -> int | None:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from .modules import find_attention_modules, find_base_module
+from .modules import find_attention_modules, find_base_module, is_cross_attention
 
 
 def takes_argument(model: nn.Module, name: str) -> bool:
@@ -49,9 +49,12 @@ def find_numbered_stacks(model: PreTrainedModel) -> list[PreTrainedModel]:
         model (`PreTrainedModel`): a model of transformers.
 
     Returns:
-        `list[PreTrainedModel]`: the outermost one first, often the model itself; empty if none takes `position_ids`.
+        `list[PreTrainedModel]`: the outermost one first, often the model itself, and last, if the model is a pair, its
+            decoder, whose input has numbers of its own; empty if none takes `position_ids`.
     """
-    attention = next((name for name in find_attention_modules(model) if belongs_to_text(model, name)), None)
-    names = [""] if attention is None else find_stacks(model, attention)
-    stacks: Any = (model.get_submodule(name) for name in names)
+    attention = [name for name in find_attention_modules(model) if belongs_to_text(model, name)]
+    names = find_stacks(model, attention[0]) if attention else [""]
+    if attention and model.config.is_encoder_decoder:
+        names += [find_owner(model, name) for name in attention if not is_cross_attention(name)]
+    stacks: Any = (model.get_submodule(name) for name in dict.fromkeys(names))
     return [stack for stack in stacks if takes_argument(stack, "position_ids")]

@@ -73,6 +73,11 @@ class PrefixEncoder(nn.Module):
             )
         self._was_initialized = True
 
+    def get_start(self) -> dict[str, Tensor]:
+        """Return the frozen part by the names of its tensors; encoders that have the same one started together."""
+        names = ("anchor_keys", "anchor_values", "scale_keys", "scale_values")
+        return {name: self.get_buffer(name) for name in names}
+
     def extract(self) -> "PrefixEncoder":
         """Return an encoder of the same keys and values that has none but visible tokens: most have no others."""
         return self

@@ -1,5 +1,7 @@
 """`projection="linear"` and `"mlp"`: per layer, a projection of a small embedding per virtual token."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -20,8 +22,10 @@ class LinearPrefix(PrefixEncoder):
     Args:
         geometry, num_virtual_tokens, num_frozen_tokens: see [`PrefixEncoder`].
         projection_dim (`int`): width of the embedding.
-        embedding_step (`float`): `s`.
+        embedding_step (`float`): `s`. It is saved with the weights, which mean nothing without it.
     """
+
+    embedding_step: Tensor
 
     def __init__(
         self,
@@ -33,7 +37,7 @@ class LinearPrefix(PrefixEncoder):
     ) -> None:
         super().__init__(geometry, num_virtual_tokens, num_frozen_tokens)
         device = geometry.device
-        self.embedding_step = embedding_step
+        self.register_buffer("embedding_step", torch.tensor(float(embedding_step), device=device))
         out_features = geometry.num_key_value_heads * (geometry.key_dim + geometry.value_dim)
         features = torch.randn(self.num_trained_tokens, projection_dim, device=device)
         self.embedding = nn.Parameter(features / embedding_step)
@@ -56,6 +60,12 @@ class LinearPrefix(PrefixEncoder):
     def compute_features(self) -> Tensor:
         """What the last linear map reads, `[num_trained_tokens, projection_dim]`."""
         return self.embedding_step * self.embedding
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # Weights that were saved without a step had none.
+        if f"{prefix}embedding" in state_dict:
+            state_dict.setdefault(f"{prefix}embedding_step", torch.ones(()))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class MLPPrefix(LinearPrefix):
