@@ -263,7 +263,8 @@ class PrefixPlusLayer(PrefixPlusLayerBase):
             batch_size = None if self.rows is None else read_batch_size(base_layer, args, kwargs)
             kept, key = self._calls[-1].states, (tuple(adapter_names), batch_size)
             if key not in kept:
-                kept[key] = self.get_prefix_states(adapter_names, read_batch_size(base_layer, args, kwargs))
+                states = self.get_prefix_states(adapter_names, read_batch_size(base_layer, args, kwargs))
+                kept[key] = states._replace(matched={})
             states = kept[key]
         return attend_with_prefix(base_layer, states, *args, **kwargs)
 

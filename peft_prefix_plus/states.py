@@ -1,7 +1,7 @@
 """The keys and values that travel from a layer to its attention function."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ class PrefixStates(NamedTuple):
         bias (`torch.Tensor`, *optional*): added to the scores of the virtual tokens, `[batch or 1, heads, 1, P]`.
         joined (`tuple[torch.Tensor, torch.Tensor]`, *optional*): keys and values of the prefix and of the tokens
             behind it, `[batch, kv_heads, P + tokens, dim]`, where a cache has them in one piece.
+        matched (`dict`, *optional*): the same prefix as it was matched to tokens before, where it serves many calls.
     """
 
     keys: Tensor
@@ -25,6 +26,7 @@ class PrefixStates(NamedTuple):
     mask: Tensor | None = None
     bias: Tensor | None = None
     joined: tuple[Tensor, Tensor] | None = None
+    matched: dict[Any, "PrefixStates"] | None = None
 
     @property
     def num_virtual_tokens(self) -> int:

@@ -314,6 +314,20 @@ def test_gradients_reach_the_prefix_and_only_its_visible_tokens(implementation):
         assert tensor.grad[..., [0, 2], :].all() and not tensor.grad[..., 1, :].any()
 
 
+def test_scores_that_a_model_computes_in_float32_stay_so():
+    """GPT-2 as Stanford trained it: in half precision its scores are too large for the softmax."""
+    base = build_model("gpt2", "eager", reorder_and_upcast_attn=True)
+    with torch.no_grad():
+        for block in base.transformer.h:
+            block.attn.c_attn.weight[:, :64] *= 40
+    base.half()
+    ids = draw_tokens()
+    start = torch.tensor([INIT_TOKEN_IDS]).expand(len(ids), -1)
+    expected = base(torch.cat([start, ids], 1)).logits[:, len(INIT_TOKEN_IDS) :]
+    assert expected.isfinite().all()
+    assert_close(add_prefix(base)(ids).logits, expected)
+
+
 def test_eager_weights_have_the_prefix_in_front():
     model, ids = add_prefix(build_model("llama", "eager")), draw_tokens()
     for weights in model(ids, output_attentions=True).attentions:

@@ -15,6 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from benchmarks.performance.cases import count_saved_bytes
 from peft_prefix_plus import PrefixPlusLayer
+from peft_prefix_plus.attention import dense
 from peft_prefix_plus.attention.merging import _MAX_PRECISE_QUERIES, attend_by_parts, can_merge
 from peft_prefix_plus.attention.prepending import extend_mask, match_prefix, prepend_prefix
 from peft_prefix_plus.states import PrefixStates
@@ -208,6 +209,30 @@ def test_a_choice_of_another_kernel_is_respected():
     with sdpa_kernel(SDPBackend.MATH):
         assert not can_merge(*usual)
     assert can_merge(*usual)
+
+
+def test_under_autocast_both_parts_are_in_its_dtype(monkeypatch):
+    """Rotary models hand over queries and keys in float32 there, and values in half precision."""
+    model, ids = add_prefix(build_model("llama")).train(), draw_tokens()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    perturb(model)
+
+    def differentiate() -> tuple[Tensor, ...]:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(ids, labels=ids).loss
+        return loss, *torch.autograd.grad(loss, parameters)
+
+    dtypes = set()
+
+    def attend(*args):
+        dtypes.update(item.dtype for item in args[:3])
+        return attend_by_parts(*args)
+
+    monkeypatch.setattr(dense, "attend_by_parts", attend)
+    by_parts = differentiate()
+    assert dtypes == {torch.bfloat16}
+    monkeypatch.setattr(dense, "can_merge", lambda *args: False)
+    assert_close(by_parts, differentiate(), atol=2e-2, rtol=5e-2)
 
 
 @pytest.mark.parametrize("projection", ["none", "linear"])

@@ -264,6 +264,16 @@ def test_tokens_that_others_replace_are_joined_no_more() -> None:
     assert not is_joined(cache)
 
 
+def test_a_cache_that_is_reset_begins_anew() -> None:
+    model, cache = build(), DynamicCache()
+    with torch.no_grad():
+        expected = step(model, cache, draw_tokens(2, 6))
+        step(model, cache, draw_tokens(2, 1))
+        cache.reset()
+        again = step(model, cache, draw_tokens(2, 6))
+    assert is_joined(cache) and torch.equal(again, expected)
+
+
 def test_a_cache_stays_what_it_was_for_others(growth: str) -> None:
     """Whoever holds a layer sees it grow, there is nothing more in it, and a cache that is gone leaves nothing."""
     model = build()

@@ -2,9 +2,10 @@
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from types import FunctionType
+from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -141,6 +142,17 @@ def is_cross_attention(name: str) -> bool:
 def runs_without_gradients(name: str) -> bool:
     """Whether a module, by its name, lies in a part of the model that is never trained through."""
     return not _GRADIENT_FREE_NAMES.isdisjoint(name.split("."))
+
+
+def find_upcast_attention(module: nn.Module) -> Callable[..., Any] | None:
+    """Find what GPT-2 computes in float32 in the place of its eager attention, if its configuration asks for that.
+
+    The module itself looks for the name "eager" in its config, which a route replaces.
+    """
+    if not getattr(module, "reorder_and_upcast_attn", False):
+        return None
+    function: Callable[..., Any] = module._upcast_and_reordered_attn  # type: ignore[assignment]
+    return function
 
 
 def explain_missing_attention(model: nn.Module) -> str:

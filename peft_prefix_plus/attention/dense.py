@@ -50,6 +50,15 @@ def attend_eager(
     return attend(module, query, key, value, attention_mask, *args, **kwargs)
 
 
+def cast_for_sdpa(*states: Tensor) -> tuple[Tensor, ...]:
+    """Cast queries, keys and values as autocast will do it for sdpa, so that the prefix is matched to the result."""
+    kind = states[0].device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return states
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(item if item.dtype in (dtype, torch.float64) else item.to(dtype) for item in states)
+
+
 def attend_sdpa(
     attend: AttentionFunction,
     module: nn.Module,

@@ -4,11 +4,12 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ..architectures import compute_key_bias
 from ..states import PrefixStates
 from .delivery import current_recorder, take_matching_prefix
-from .dense import attend_eager, attend_sdpa
+from .dense import attend_eager, attend_sdpa, cast_for_sdpa
 from .flash import attend_flash
 from .flex import attend_flex
 from .routing import MaskContract, UnroutedModule, find_mask_contract, read_implementation, resolve_attention_function
@@ -53,6 +54,8 @@ def prefix_attention_forward(
     if recorder is not None:
         recorder.record(module, PrefixStates(key, value))
         return attend(UnroutedModule(module), query, key, value, attention_mask, *args, **kwargs)
+    if attend is sdpa_attention_forward:
+        query, key, value = cast_for_sdpa(query, key, value)
     prefix = take_matching_prefix(module, key, value)
     bias = compute_key_bias(module, prefix.values)
     if bias is not None:

@@ -111,8 +111,10 @@ def attend_by_parts(
     Returns:
         `torch.Tensor`: `[batch, queries, heads, dim]`.
     """
+    keys, values = prefix.keys, prefix.values
     # What all rows share is one row again.
-    keys, values = (states if states.stride(0) else states[:1] for states in (prefix.keys, prefix.values))
+    if not keys.stride(0) and not values.stride(0):
+        keys, values = keys[:1], values[:1]
     tokens = _Part(key, value, attention_mask, is_causal)
     in_front = _Part(keys, values, None if prefix.mask is None else prefix.mask[:, None, None, :])
     if torch.is_grad_enabled() and any(item.requires_grad for item in (query, key, value, keys, values)):

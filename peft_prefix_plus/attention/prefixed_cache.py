@@ -125,7 +125,9 @@ class PrefixedLayer(DynamicLayer):
             return storage.tokens
         if storage is not None:
             del _storages[self]
-            _restless.add(self)
+            # Not after `reset`, from where the cache begins anew.
+            if self.is_initialized:
+                _restless.add(self)
         updated: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)
         return updated
 
@@ -146,9 +148,9 @@ class PrefixedLayer(DynamicLayer):
         if storage is not None and not storage.is_shown_by(self):
             storage = None
         if storage is None or storage.states is not states:
-            prefix = match_prefix(states, key, value)
-            if key.device.type == "cpu" and key.shape[0] * prefix.num_virtual_tokens > _MAX_COPIED_ROWS:
+            if key.device.type == "cpu" and key.shape[0] * states.num_virtual_tokens > _MAX_COPIED_ROWS:
                 return None
+            prefix = match_prefix(states, key, value)
             if storage is None or not storage.put_in_front(states, prefix):
                 _storages[self] = storage = _Storage(states, prefix, key, value)
                 self.keys, self.values = storage.tokens

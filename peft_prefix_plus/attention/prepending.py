@@ -31,6 +31,16 @@ def match_prefix(prefix: PrefixStates, key: Tensor, value: Tensor) -> PrefixStat
     are_alike = _is_alike(prefix.keys, key) and _is_alike(prefix.values, value)
     if are_alike and prefix.keys.shape[0] == batch and prefix.mask is None:
         return prefix
+    if prefix.matched is None:
+        return _match(prefix, key, value)
+    kind = (batch, key.dtype, value.dtype, key.device)
+    if kind not in prefix.matched:
+        prefix.matched[kind] = _match(prefix, key, value)
+    return prefix.matched[kind]
+
+
+def _match(prefix: PrefixStates, key: Tensor, value: Tensor) -> PrefixStates:
+    batch, heads = key.shape[:2]
     num_tokens = prefix.num_virtual_tokens
     keys = prefix.keys.to(device=key.device, dtype=key.dtype).expand(batch, heads, num_tokens, -1)
     values = prefix.values.to(device=value.device, dtype=value.dtype).expand(batch, heads, num_tokens, -1)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from ..architectures import find_attention_call
+from ..architectures import find_attention_call, find_upcast_attention
 
 ROUTE_NAME = "prefix_plus"
 
@@ -120,6 +120,9 @@ def resolve_attention_function(module: nn.Module, implementation: str) -> Attent
     call = find_attention_call(type(module))
     if call is None:
         raise TypeError(f"{type(module).__name__} does not use the attention interface of transformers.")
+    upcast = find_upcast_attention(module) if implementation == "eager" else None
+    if upcast is not None:
+        return lambda module, query, key, value, mask, *args, **kwargs: upcast(query, key, value, mask)
     namespace = call.__globals__
     eager = namespace.get("eager_attention_forward")
     function: AttentionFunction = namespace["ALL_ATTENTION_FUNCTIONS"].get_interface(implementation, eager)
