@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .architectures import (
+    compares_positions_with_places,
     continues_media,
     count_positions,
     counts_positions_itself,
@@ -200,7 +201,7 @@ def align_positions(model: PreTrainedModel, adapter_name: str, num_virtual_token
         num_virtual_tokens (`int`): how many positions its prefix takes; 0 if it was not made from real tokens.
     """
     stacks = find_numbered_stacks(model)
-    if not stacks or find_position_tables(model):
+    if not stacks or find_position_tables(model) or compares_positions_with_places(model):
         return
     moves_input = uses_absolute_positions(model)
     # transformers deletes adapters without telling the tuner.

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import add_prefix, draw_tokens
+from helpers import add_prefix, draw_tokens, pad_rows
 from torch import Tensor
 from transformers import PreTrainedModel
 from zoo_models import build_zoo_model
@@ -62,6 +62,17 @@ def test_every_query_sees_the_prefix_and_the_same_tokens_in_the_same_proportion(
     prefix, tokens = attend(model, ids)[0].split([5, NUM_TOKENS], dim=-1)
     assert bool((prefix > 0).all())
     torch.testing.assert_close(tokens / tokens.sum(dim=-1, keepdim=True), expected, atol=1e-5, rtol=1e-5)
+
+
+@types
+def test_a_padded_row_without_a_prefix_equals_the_base_model(name):
+    """Beside a row with one, where all tokens are selected: MiniMax M3 lets padding take part in the selection."""
+    base = build_zoo_model("causal", name, "eager")
+    ids, mask = pad_rows(draw_tokens(2, 9), [6, 6], "left")
+    with torch.no_grad():
+        expected = base(ids, attention_mask=mask).logits[1, 3:]
+        logits = add_prefix(base)(ids, attention_mask=mask, adapter_names=["default", "__base__"]).logits[1, 3:]
+    torch.testing.assert_close(logits, expected, atol=2e-5, rtol=1e-4)
 
 
 @types

@@ -44,6 +44,7 @@ from .modules import (
 )
 from .positions import (
     POSITION_TABLE_NAMES,
+    compares_positions_with_places,
     continues_media,
     count_positions,
     counts_positions_itself,
@@ -70,6 +71,7 @@ __all__ = [
     "AlibiSlopes",
     "AttentionGeometry",
     "belongs_to_text",
+    "compares_positions_with_places",
     "compute_key_bias",
     "computes_attention",
     "continues_media",

@@ -115,6 +115,14 @@ def uses_absolute_positions(model: PreTrainedModel) -> bool:
     )
 
 
+def compares_positions_with_places(model: nn.Module) -> bool:
+    """Whether a model takes the position of a token for its place in the row: MiniMax M3 selects blocks of places.
+
+    Where a row begins with padding, the two are different, and what a token sees would end before the token.
+    """
+    return any(hasattr(module, "build_block_mask") for module in model.modules())
+
+
 def uses_sectioned_rotary(model: PreTrainedModel) -> bool:
     """Whether positions have several coordinates (time, height, width), as in some multimodal models."""
     rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
