@@ -153,7 +153,7 @@ def _count_trained(weights_path: str, modules_to_save: Sequence[str] | None) -> 
 def _is_trained(name: str, modules_to_save: Sequence[str]) -> bool:
     module, _, attribute = name.rpartition(".")
     if module.endswith("prefix_plus_encoder"):
-        return not attribute.startswith(("anchor_", "scale_"))
+        return not attribute.startswith(("anchor_", "scale_", "embedding_step"))
     return attribute == "trainable_tokens_delta" or any(f"{end}." in name for end in modules_to_save)
 
 
