@@ -27,7 +27,7 @@ from .weights import (
 )
 
 # What adapters lack that were saved before embeddings had a step.
-EMBEDDING_STEP = ".embedding_step"
+EMBEDDING_STEP = "embedding_step"
 # The rows of an embedding in the file of an adapter with `trainable_token_indices`.
 TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
 
@@ -52,6 +52,8 @@ def check_saved_weights(
     path = locate_weights(config.source)
     infos = _remove_prefix(read_tensor_infos(path))
     planned = _list_planned_tensors(plan, modules_to_save) | _list_token_rows(config, model)
+    if config.embedding_step == 1.0:
+        planned = _leave_out_steps(planned, infos)
     problem = _find_misfit(planned, _list_embeddings(model), infos)
     problem = problem or _find_bad_values(iterate_tensors(path))
     if problem is not None:
@@ -125,7 +127,7 @@ def find_checkpoint_problem(model: nn.Module, adapter_name: str, state_dict: Map
     own_rows = f"{TOKEN_ROWS}.{adapter_name}"
     rows = {name: tensor for name, tensor in model.state_dict().items() if name.endswith(own_rows)}
     optional = _list_embeddings(model) | _remove_prefix(describe_tensors(rows))
-    problem = _find_misfit(_remove_prefix(required), optional, given)
+    problem = _find_misfit(_leave_out_steps(_remove_prefix(required), given), optional, given)
     return problem or _find_bad_values(state_dict.items())
 
 
@@ -188,11 +190,18 @@ def _remove_prefix(infos: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
     return {name.removeprefix(PEFT_PREFIX): info for name, info in infos.items()}
 
 
+def _leave_out_steps(required: Mapping[str, TensorInfo], given: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """What a checkpoint from before embeddings had a step must hold, if the given one is such."""
+    endings = {name.rpartition(".")[2] for name in given}
+    is_older = "embedding" in endings and EMBEDDING_STEP not in endings
+    return {name: info for name, info in required.items() if not (is_older and name.endswith(f".{EMBEDDING_STEP}"))}
+
+
 def _find_misfit(
     required: Mapping[str, TensorInfo], optional: Mapping[str, TensorInfo], given: Mapping[str, TensorInfo]
 ) -> str | None:
     """Compare names, shapes and dtypes."""
-    missing = [name for name in required if name not in given and not name.endswith(EMBEDDING_STEP)]
+    missing = [name for name in required if name not in given]
     if missing:
         return f"{len(missing)} of {len(required)} tensors are missing, for instance {missing[0]!r}."
     known = {**optional, **required}

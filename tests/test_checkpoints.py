@@ -348,7 +348,7 @@ BAD = {
         f"@/adapter_model.bin must hold a dict of names and tensors. {AGAIN}",
     ),
     "missing": (on_weights(lose_one), f"{MISFIT}1 of 16 tensors are missing, for instance '{ENCODER}anchor_keys'."),
-    "empty": (on_weights(lose_all), f"{MISFIT}14 of 16 tensors are missing, for instance '{ENCODER}embedding'."),
+    "empty": (on_weights(lose_all), f"{MISFIT}16 of 16 tensors are missing, for instance '{ENCODER}embedding'."),
     "foreign": (
         on_weights(add_foreign),
         f"{MISFIT}1 tensors have no place in it, for instance "

@@ -51,6 +51,8 @@ KINDS = {
 }
 # Fields that are about training, about the past, or about other libraries.
 WITHOUT_EFFECT = {
+    # The weights bring it.
+    "embedding_step",
     "inference_mode",
     "prefix_dropout",
     "prefix_dropout_mode",

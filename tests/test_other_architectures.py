@@ -214,7 +214,7 @@ def test_where_a_text_starts_counts_so_the_input_moves_behind_the_prefix(model_t
     # A prefix that stands nowhere takes no positions.
     model.add_adapter("other", PrefixPlusConfig(task_type="CAUSAL_LM", prefix_init="random", num_virtual_tokens=3))
     seen = []
-    stack = model.get_base_model()
+    stack = model.get_base_model().base_model
     stack.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["position_ids"]), with_kwargs=True)
     for adapters, start in (("default", 3), ("other", 0)):
         model.set_adapter(adapters)

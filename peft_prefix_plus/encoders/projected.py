@@ -11,6 +11,12 @@ from .base import PrefixEncoder
 EMBEDDING_STEP = 4.0
 
 
+def _add_missing_step(encoder: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    """Weights that were saved before embeddings had a step had that of the projection."""
+    if f"{prefix}embedding" in state_dict:
+        state_dict.setdefault(f"{prefix}embedding_step", torch.ones(()))
+
+
 class LinearPrefix(PrefixEncoder):
     """The delta is `(W s e_p + b) / sqrt(projection_dim)` for a trained embedding `e_p` of every virtual token.
 
@@ -38,6 +44,7 @@ class LinearPrefix(PrefixEncoder):
         super().__init__(geometry, num_virtual_tokens, num_frozen_tokens)
         device = geometry.device
         self.register_buffer("embedding_step", torch.tensor(float(embedding_step), device=device))
+        self.register_load_state_dict_pre_hook(_add_missing_step)  # type: ignore[no-untyped-call]
         out_features = geometry.num_key_value_heads * (geometry.key_dim + geometry.value_dim)
         features = torch.randn(self.num_trained_tokens, projection_dim, device=device)
         self.embedding = nn.Parameter(features / embedding_step)
@@ -60,12 +67,6 @@ class LinearPrefix(PrefixEncoder):
     def compute_features(self) -> Tensor:
         """What the last linear map reads, `[num_trained_tokens, projection_dim]`."""
         return self.embedding_step * self.embedding
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # Weights that were saved without a step had none.
-        if f"{prefix}embedding" in state_dict:
-            state_dict.setdefault(f"{prefix}embedding_step", torch.ones(()))
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class MLPPrefix(LinearPrefix):
