@@ -71,6 +71,17 @@ def test_an_experiment_changes_the_one_that_it_extends(tmp_path):
         load_experiment(path)
 
 
+def test_an_experiment_has_only_the_methods_that_it_names(tmp_path):
+    base = load_experiment(EXPERIMENTS / "e2e.json")
+    path = tmp_path / "e.json"
+    path.write_text(json.dumps({**base, "only": ["LoRA r=4", "PrefixPlus"]}))
+    names = ("LoRA r=4", "PrefixPlus")
+    assert load_experiment(path) == {**base, "methods": {name: base["methods"][name] for name in names}}
+    path.write_text(json.dumps({**base, "only": ["LoRA r=5"]}))
+    with pytest.raises(ValueError, match=r"`only` has \['LoRA r=5'\]; the methods are \['PrefixPlus'"):
+        load_experiment(path)
+
+
 def test_an_evaluation_set_is_limited_to_its_first_records_or_to_a_sample():
     rows = list(range(50))
     assert limit_set(rows, {}) == rows and limit_set(rows, {"limit": 5}) == rows[:5]

@@ -15,16 +15,17 @@ def load_experiment(path: Path) -> dict[str, Any]:
     """Read an experiment file.
 
     With `"extends": "other.json"` it is the file of that name beside it, changed by what this one says: objects are
-    merged, `null` removes a field, anything else replaces what was there.
+    merged, `null` removes a field, anything else replaces what was there. `"only": [names]` leaves out all methods
+    but those.
 
     Args:
         path (`Path`): a JSON file.
 
     Returns:
-        `dict[str, Any]`: the complete experiment, without `extends`.
+        `dict[str, Any]`: the complete experiment, without `extends` and `only`.
 
     Raises:
-        ValueError: if a field is missing or unknown.
+        ValueError: if a field is missing or unknown, or `only` names a method that there is not.
     """
     experiment = _read(path)
     _check_fields(path, "the experiment", experiment, FIELDS, required=FIELDS - OPTIONAL_FIELDS)
@@ -63,8 +64,15 @@ def merge_settings(settings: dict[str, Any], changes: dict[str, Any]) -> dict[st
 
 def _read(path: Path) -> dict[str, Any]:
     own: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    extended = own.pop("extends", None)
-    return own if extended is None else merge_settings(_read(path.with_name(extended)), own)
+    extended, only = own.pop("extends", None), own.pop("only", None)
+    experiment = own if extended is None else merge_settings(_read(path.with_name(extended)), own)
+    if only is not None:
+        methods = experiment["methods"]
+        unknown = sorted(set(only) - set(methods))
+        if unknown:
+            raise ValueError(f"{path}: `only` has {unknown}; the methods are {list(methods)}.")
+        experiment["methods"] = {name: methods[name] for name in only}
+    return experiment
 
 
 def _check_fields(path: Path, what: str, given: dict[str, Any], known: set[str], required: set[str]) -> None:
