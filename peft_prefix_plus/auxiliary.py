@@ -2,10 +2,11 @@
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from peft import PeftConfig
 from peft.utils import _get_submodules
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from torch import nn
 
 from .config import PrefixPlusConfig
@@ -14,6 +15,23 @@ from .config import PrefixPlusConfig
 def list_own_adapters(configs: Mapping[str, PeftConfig]) -> list[str]:
     """Names of the prefixes among the adapters of a model, whose tuners share their configurations."""
     return [name for name, config in configs.items() if isinstance(config, PrefixPlusConfig)]
+
+
+def list_own_auxiliary(model: nn.Module) -> list[Any]:
+    """List what no adapters but prefixes use, to be switched off with them.
+
+    Args:
+        model (`nn.Module`): the base model.
+
+    Returns:
+        `list`: modules with the attribute `disable_adapters`: wrappers, and the layers of rows of embeddings inside of
+            their wrappers, which are asked by themselves.
+    """
+    own = list_own_adapters(vars(model).get("peft_config", {}))
+    wrappers = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+    wrappers = [wrapper for wrapper in wrappers if set(wrapper.active_adapters) <= set(own)]
+    rows = [wrapper.token_adapter for wrapper in wrappers if isinstance(wrapper, TrainableTokensWrapper)]
+    return [*wrappers, *rows]
 
 
 @contextmanager

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -27,7 +26,7 @@ from .architectures import (
     uses_absolute_positions,
 )
 from .attention import record_states
-from .auxiliary import list_own_adapters
+from .auxiliary import list_own_auxiliary
 from .layer import PrefixPlusLayerBase, list_layers
 from .states import PrefixStates
 
@@ -182,21 +181,11 @@ def _check_room(model: PreTrainedModel, num_tokens: int) -> None:
         )
 
 
-def _list_auxiliary(model: nn.Module) -> list[Any]:
-    """What was trained beside prefixes, such as heads; that of LoRA stays active, whichever prefix is."""
-    own = list_own_adapters(vars(model).get("peft_config", {}))
-    wrappers = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
-    wrappers = [wrapper for wrapper in wrappers if set(wrapper.active_adapters) <= set(own)]
-    # Rows of embeddings are in a layer inside of their wrapper, which is asked whether it is disabled.
-    rows = [wrapper.token_adapter for wrapper in wrappers if isinstance(wrapper, TrainableTokensWrapper)]
-    return [*wrappers, *rows]
-
-
 @contextmanager
 def _bare_evaluation(model: nn.Module) -> Iterator[None]:
     """Switch every module to evaluation and every prefix off, with what was trained beside it, and back."""
     modes = {module: module.training for module in model.modules()}
-    layers = [*list_layers(model, PrefixPlusLayerBase), *_list_auxiliary(model)]
+    layers = [*list_layers(model, PrefixPlusLayerBase), *list_own_auxiliary(model)]
     disabled = [layer.disable_adapters for layer in layers]
     for module in modes:
         # In evaluation, bitsandbytes may repack the weights for inference, and then passes no gradients on any more.

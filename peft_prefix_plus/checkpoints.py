@@ -27,7 +27,7 @@ from .weights import (
 )
 
 # What adapters lack that were saved before embeddings had a step.
-EMBEDDING_STEP = "embedding_step"
+STEP = "embedding_step"
 # The rows of an embedding in the file of an adapter with `trainable_token_indices`.
 TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
 
@@ -84,22 +84,19 @@ def find_modules_to_save(
         ValueError: if one of them holds an attention module that gets a prefix, or a table of positions in which it
             moves the input, or is held by one.
     """
+    needed = dict.fromkeys(
+        plan.lengths, "gets a prefix. Name other modules, or leave this one out of `target_modules`."
+    ) | dict.fromkeys(plan.position_shifts, "numbers the input behind the prefix. Name other modules.")
     found = {}
     for name, module in model.named_modules():
         if not name.endswith(tuple(config.modules_to_save or ())) or ".modules_to_save." in name:
             continue
         bare = name.replace(".base_layer", "")
-        others = (*plan.lengths, *plan.position_shifts)
-        clash = [other for other in others if f"{other}.".startswith(f"{bare}.") or bare.startswith(f"{other}.")]
+        clash = [other for other in needed if f"{other}.".startswith(f"{bare}.") or bare.startswith(f"{other}.")]
         if clash:
             raise ValueError(
                 f"`modules_to_save` {config.modules_to_save} means {bare}, which has modules in common with "
-                f"{clash[0]}, which "
-                + (
-                    "gets a prefix. Name other modules, or leave this one out of `target_modules`."
-                    if clash[0] in plan.lengths
-                    else "numbers the input behind the prefix. Name other modules."
-                )
+                f"{clash[0]}, which {needed[clash[0]]}"
             )
         found[name] = module.original_module if isinstance(module, ModulesToSaveWrapper) else module
     return found
@@ -193,8 +190,8 @@ def _remove_prefix(infos: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
 def _leave_out_steps(required: Mapping[str, TensorInfo], given: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
     """What a checkpoint from before embeddings had a step must hold, if the given one is such."""
     endings = {name.rpartition(".")[2] for name in given}
-    is_older = "embedding" in endings and EMBEDDING_STEP not in endings
-    return {name: info for name, info in required.items() if not (is_older and name.endswith(f".{EMBEDDING_STEP}"))}
+    is_older = "embedding" in endings and STEP not in endings
+    return {name: info for name, info in required.items() if not (is_older and name.endswith(f".{STEP}"))}
 
 
 def _find_misfit(

@@ -272,10 +272,11 @@ def _replace_encoder(layer: PrefixPlusLayer, adapter_name: str, new: PrefixEncod
     if isinstance(present, PrefixSlot):
         present.fill(new)
         return
-    shapes = {name: tensor.shape for name, tensor in new.state_dict().items()}
-    is_alike = type(present) is type(new) and shapes == {n: own.shape for n, own in present.state_dict().items()}
-    if is_alike and not any(tensor.is_meta for tensor in present.state_dict().values()):
-        present.load_state_dict(new.state_dict())
+    held, given = present.state_dict(), new.state_dict()
+    shapes = [{name: tensor.shape for name, tensor in state.items()} for state in (held, given)]
+    is_alike = type(present) is type(new) and shapes[0] == shapes[1]
+    if is_alike and not any(tensor.is_meta for tensor in held.values()):
+        present.load_state_dict(given)
     else:
         new.requires_grad_(any(parameter.requires_grad for parameter in present.parameters()))
         layer.prefix_plus_encoder[adapter_name] = new.train(present.training)

@@ -21,10 +21,12 @@ class RowAdapters:
 
     Args:
         names (`Sequence[str]`): one adapter a row; `"__base__"` for none.
+        prefixes (`Collection[str]`): all prefixes of the model, unlike adapters of other methods in it.
     """
 
-    def __init__(self, names: Sequence[str]) -> None:
+    def __init__(self, names: Sequence[str], prefixes: Collection[str]) -> None:
         self.names = tuple(names)
+        self.prefixes = prefixes
         self.adapters = tuple(dict.fromkeys(name for name in names if name != BASE))
         # Rows of the forward that is running: beams and returned sequences repeat every row.
         self.batch_size = len(names)
@@ -100,16 +102,14 @@ def check_adapter_names(adapter_names: Any, available: Collection[str], is_train
         raise ValueError("`adapter_names` is for inference, and the model is in training mode. Call `model.eval()`.")
 
 
-def _name_rows(
-    rows: RowAdapters, own: Collection[str], module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+def _name_rows(rows: RowAdapters, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Tell a module that is trained and saved beside the adapters, such as a head, whose row is whose.
 
     What LoRA trained beside the prefixes is used by all rows whose prefix has nothing in its place.
     """
     states: Tensor = args[0] if args else next(item for item in kwargs.values() if isinstance(item, Tensor))
     available = module._get_available_adapters()
-    shared = next((name for name in module.active_adapters if name not in own), BASE)
+    shared = next((name for name in module.active_adapters if name not in rows.prefixes), BASE)
     names = [name if name in available else shared for name in rows.repeat(len(states))]
     return args, {**kwargs, "adapter_names": names}
 
@@ -121,20 +121,17 @@ def _count_rows(rows: RowAdapters, module: nn.Module, args: tuple[Any, ...], kwa
 
 
 @contextmanager
-def name_rows(
-    model: nn.Module, stacks: Sequence[nn.Module], rows: RowAdapters, own: Collection[str]
-) -> Iterator[None]:
+def name_rows(model: nn.Module, stacks: Sequence[nn.Module], rows: RowAdapters) -> Iterator[None]:
     """Have modules in `modules_to_save` take part in a mixed batch, and some models count its rows.
 
     Args:
         model (`nn.Module`): the model.
         stacks (`Sequence[nn.Module]`): those that write to `rows.batch_size` how many rows they got.
         rows ([`RowAdapters`]): the rows.
-        own (`Collection[str]`): names of the prefixes, unlike those of other methods in the model.
     """
     wrappers = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
     handles = [
-        wrapper.register_forward_pre_hook(partial(_name_rows, rows, own), with_kwargs=True) for wrapper in wrappers
+        wrapper.register_forward_pre_hook(partial(_name_rows, rows), with_kwargs=True) for wrapper in wrappers
     ] + [stack.register_forward_pre_hook(partial(_count_rows, rows), with_kwargs=True) for stack in stacks]
     try:
         yield

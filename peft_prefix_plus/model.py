@@ -231,18 +231,18 @@ class PrefixPlusModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        adapter_names, rows, own = kwargs.get("adapter_names"), None, list_own_adapters(self.peft_config)
+        adapter_names, rows = kwargs.get("adapter_names"), None
         if adapter_names is not None:
+            own = list_own_adapters(self.peft_config)
             check_adapter_names(adapter_names, own, self.training)
-            rows = RowAdapters(adapter_names)
+            rows = RowAdapters(adapter_names, own)
             rows.check_inputs(args, kwargs, self.model.main_input_name)
         layers = list_layers(self.model, PrefixPlusLayerBase)
         with self._enter_call(rows):
             for layer in layers:
                 layer.begin_call(rows)
             try:
-                stacks = [] if rows is None else find_shifted_stacks(self.model)
-                with nullcontext() if rows is None else name_rows(self.model, stacks, rows, own):
+                with nullcontext() if rows is None else name_rows(self.model, find_shifted_stacks(self.model), rows):
                     yield
             finally:
                 for layer in layers:

@@ -248,8 +248,7 @@ def test_the_decoder_of_a_pair_numbers_its_own_input():
     config = PrefixPlusConfig(prefix_init_token_ids=INIT_TOKEN_IDS, target_modules=r".*decoder.*\.self_attn")
     model = get_peft_model(base, config).eval()
     assert_close(model(input_ids=ids, decoder_input_ids=ids).logits, expected, **TOLERANCE)
-    rows, mask = pad_rows(ids, [7, 7], "left")
-    rows, mask = (torch.nn.functional.pad(item, (2, 0)) for item in (rows, mask))
+    rows, mask = (torch.nn.functional.pad(item, (2, 0)) for item in (ids, torch.ones_like(ids)))
     padded = model(input_ids=ids, decoder_input_ids=rows, decoder_attention_mask=mask).logits[:, 2:]
     assert_close(padded, expected, **TOLERANCE)
 

@@ -56,7 +56,7 @@ def cast_for_sdpa(*states: Tensor) -> tuple[Tensor, ...]:
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return states
     dtype = torch.get_autocast_dtype(kind)
-    return tuple(item if item.dtype in (dtype, torch.float64) else item.to(dtype) for item in states)
+    return tuple(item if item.dtype == torch.float64 else item.to(dtype) for item in states)
 
 
 def attend_sdpa(
