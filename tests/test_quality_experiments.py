@@ -17,7 +17,7 @@ from benchmarks.quality.page import NO_RESULTS, build_cost_table, write_page
 from benchmarks.quality.results_file import BASE_MODEL, ResultsFile, choose_learning_rate
 from benchmarks.quality.run import Benchmark
 from benchmarks.quality.summary import build_summary
-from benchmarks.quality.tasks import ClassificationTask, limit_set
+from benchmarks.quality.tasks import ClassificationTask, draw_sample, take_first
 from benchmarks.quality.trial import build_trial
 
 EXPERIMENTS = Path(__file__).parents[1] / "benchmarks" / "quality" / "experiments"
@@ -65,10 +65,6 @@ def test_an_experiment_changes_the_one_that_it_extends(tmp_path):
     path.write_text(json.dumps({**base, "task": {**base["task"], "evaluations": {"test": {"path": "x"}}}}))
     with pytest.raises(ValueError, match="'dev'"):
         load_experiment(path)
-    evaluations = {"dev": {"path": "x", "sample_seed": 0}}
-    path.write_text(json.dumps({**base, "task": {**base["task"], "evaluations": evaluations}}))
-    with pytest.raises(ValueError, match="`sample_seed` of the evaluation 'dev' needs `limit`"):
-        load_experiment(path)
 
 
 def test_an_experiment_has_only_the_methods_that_it_names(tmp_path):
@@ -82,14 +78,16 @@ def test_an_experiment_has_only_the_methods_that_it_names(tmp_path):
         load_experiment(path)
 
 
-def test_an_evaluation_set_is_limited_to_its_first_records_or_to_a_sample():
+def test_a_set_is_limited_to_its_first_records_or_to_a_sample():
     rows = list(range(50))
-    assert limit_set(rows, {}) == rows and limit_set(rows, {"limit": 5}) == rows[:5]
-    drawn = limit_set(rows, {"limit": 5, "sample_seed": 0})
-    assert drawn == limit_set(rows, {"limit": 5, "sample_seed": 0}) != limit_set(rows, {"limit": 5, "sample_seed": 1})
+    assert take_first(rows, None) == rows == draw_sample(rows, None, 0) and take_first(rows, 5) == rows[:5]
+    drawn = draw_sample(rows, 5, 0)
+    assert drawn == draw_sample(rows, 5, 0) != draw_sample(rows, 5, 1)
     assert len(set(drawn)) == 5 and set(drawn) < set(rows) and drawn != rows[:5]
     with pytest.raises(ValueError, match="The limit is 51, but the set has 50"):
-        limit_set(rows, {"limit": 51, "sample_seed": 0})
+        take_first(rows, 51)
+    with pytest.raises(ValueError, match="The limit is 51, but the set has 50"):
+        draw_sample(rows, 51, 0)
 
 
 def test_a_rate_that_is_not_listed_any_more_is_never_chosen():

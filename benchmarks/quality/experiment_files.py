@@ -8,7 +8,7 @@ FIELDS = {"name", "model", "dtype", "task", "training", "generation", "seeds", "
 OPTIONAL_FIELDS = {"generation"}
 TASK_FIELDS = {"kind", "train", "train_limit", "evaluations", "init_text", "prompt_template", "exact_match"}
 METHOD_FIELDS = {"peft_type", "config", "prompt", "learning_rates", "training"}
-EVALUATION_FIELDS = {"path", "limit", "sample_seed"}
+EVALUATION_FIELDS = {"path", "limit"}
 
 
 def load_experiment(path: Path) -> dict[str, Any]:
@@ -35,10 +35,6 @@ def load_experiment(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: `evaluations` needs a set named 'dev', which chooses the learning rates.")
     for name, evaluation in task["evaluations"].items():
         _check_fields(path, f"the evaluation {name!r}", evaluation, EVALUATION_FIELDS, required={"path"})
-        if "sample_seed" in evaluation and "limit" not in evaluation:
-            raise ValueError(
-                f"{path}: `sample_seed` of the evaluation {name!r} needs `limit`, the size of the sample."
-            )
     for name, method in experiment["methods"].items():
         required = {"peft_type", "config", "learning_rates"}
         _check_fields(path, f"the method {name!r}", method, METHOD_FIELDS, required)

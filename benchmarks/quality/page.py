@@ -113,10 +113,7 @@ def describe_setting(report: dict[str, Any]) -> list[str]:
 
 def describe_limit(evaluation: dict[str, Any]) -> str:
     """Which records of a set were taken, if not all."""
-    if "limit" not in evaluation:
-        return ""
-    drawn = f"{evaluation['limit']} records drawn with seed {evaluation.get('sample_seed')}"
-    return f", {drawn}" if "sample_seed" in evaluation else f", the first {evaluation['limit']} records"
+    return f", the first {evaluation['limit']} records" if "limit" in evaluation else ""
 
 
 def build_score_table(results: list[MethodResults], evaluation: str) -> list[str]:

@@ -94,7 +94,7 @@ class GenerationTask:
         template = {"prompt_template": task["prompt_template"]} if "prompt_template" in task else {}
         self._train = load_examples(str(data / task["train"]), self.tokenizer, **template)
         self._evaluations = {
-            name: limit_set(load_examples(str(data / own["path"]), self.tokenizer, **template), own)
+            name: take_first(load_examples(str(data / own["path"]), self.tokenizer, **template), own.get("limit"))
             for name, own in task["evaluations"].items()
         }
 
@@ -154,7 +154,8 @@ class ClassificationTask:
         self._train_limit = task.get("train_limit")
         self._train = read_labelled_rows(data / task["train"])
         self._evaluations = {
-            name: limit_set(read_labelled_rows(data / own["path"]), own) for name, own in task["evaluations"].items()
+            name: take_first(read_labelled_rows(data / own["path"]), own.get("limit"))
+            for name, own in task["evaluations"].items()
         }
         sets = (self._train, *self._evaluations.values())
         self.labels = sorted({row["label"] for rows in sets for row in rows})
@@ -212,17 +213,19 @@ def predict(
 
 def draw_sample(examples: Sequence[Any], limit: int | None, seed: int) -> list[Any]:
     """Some of the examples, the same ones for the same seed; all of them without a limit."""
-    if limit is None:
-        return list(examples)
-    if limit > len(examples):
+    _check_limit(examples, limit)
+    return list(examples) if limit is None else random.Random(seed).sample(list(examples), limit)
+
+
+def take_first(examples: Sequence[Any], limit: int | None) -> list[Any]:
+    """The first examples, as many as the limit says; all of them without one."""
+    _check_limit(examples, limit)
+    return list(examples[:limit])
+
+
+def _check_limit(examples: Sequence[Any], limit: int | None) -> None:
+    if limit is not None and limit > len(examples):
         raise ValueError(f"The limit is {limit}, but the set has {len(examples)} examples; lower it.")
-    return random.Random(seed).sample(list(examples), limit)
-
-
-def limit_set(examples: Sequence[Any], evaluation: dict[str, Any]) -> list[Any]:
-    """What an experiment measures of an evaluation set: its first examples or, with a seed, a sample of them."""
-    limit, seed = evaluation.get("limit"), evaluation.get("sample_seed")
-    return list(examples[:limit]) if seed is None else draw_sample(examples, limit, seed)
 
 
 def read_labelled_rows(path: Path) -> list[Row]:
