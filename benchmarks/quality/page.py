@@ -33,10 +33,10 @@ Every method was trained with each of its learning rates on the first seed. The 
 `dev` was then used for all seeds. Values are means over the seeds, with the least and the greatest in brackets.
 Rates are chosen on `dev`, so its values are slightly too good, for all methods alike. Those of PrefixPlus may be a
 little better still, because what its defaults are was found out on `dev` of E2E, of WebNLG, of Django's messages and
-of the synopses ([Recipes](recipes.md#what-was-tried)). Other sets had no part in any choice. "Value step 4" and
-"value step 1": runs of earlier states, in which a step moved the values of a projection four times, or once, as far
-as its keys, and the embeddings of virtual tokens as far as the projection; they have not been repeated since. With
-200 records of E2E, methods have the one rate that 50, 100 and 487 records chose.
+of the synopses ([Recipes](recipes.md#what-was-tried)). Other sets had no part in any choice. With 200 records of
+E2E, methods have the one rate that 50, 100 and 487 records chose. "Value step 4" on WebNLG: of an earlier state, in
+which a step moved the values of a projection four times as far as its keys, and the embeddings of virtual tokens no
+further than the projection.
 """
 SUMMARY = """## Summary
 
