@@ -198,8 +198,8 @@ class PrefixPlusLayer(PrefixPlusLayerBase):
         return encoder
 
     def list_adapters(self) -> list[str]:
-        # Past `__getattr__`: every layer asks at every token.
-        return list(cast(nn.ModuleDict, self._modules["prefix_plus_encoder"]))
+        # Past `__getattr__` and the `ModuleDict`: every layer asks at every token.
+        return list(cast(nn.ModuleDict, self._modules["prefix_plus_encoder"])._modules)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_names, inference_mode=inference_mode)

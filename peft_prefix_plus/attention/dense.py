@@ -52,6 +52,9 @@ def attend_eager(
 
 def cast_for_sdpa(*states: Tensor) -> tuple[Tensor, ...]:
     """Cast queries, keys and values as autocast will do it for sdpa, so that the prefix is matched to the result."""
+    # Every attention asks, and that of one kind of device takes ten times as long.
+    if not torch._C._is_any_autocast_enabled():
+        return states
     kind = states[0].device.type
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return states
@@ -74,6 +77,8 @@ def attend_sdpa(
     is_causal = attention_mask is None and _is_causal(module, query, kwargs)
     # What lies in one piece needs the kernel for parts with masks and in half precision only.
     if prefix.joined is not None and not is_causal and attention_mask is None and query.dtype == torch.float32:
+        if prefix.mask is None and prefix.bias is None and kwargs.get("position_bias") is None:
+            return attend(module, query, *prefix.joined, None, *args, **kwargs)
         return attend_eager(attend, module, query, key, value, None, prefix, *args, **kwargs)
     if is_causal and key.shape[-2] > query.shape[-2]:
         # An empty static cache hands over more keys than queries; sdpa drops the surplus, and so do we.
