@@ -69,7 +69,8 @@ class _Storage:
             self._spacious = spacious = _copy_to_storage(held[0], num_rows), _copy_to_storage(held[1], num_rows)
         for storage, rows in zip(spacious, (keys, values), strict=True):
             _write(storage, start, rows)
-        self._show(*(storage.narrow(2, 0, start + num_new) for storage in spacious))
+        # `narrow` takes twice as long as a slice.
+        self._show(*(storage[:, :, : start + num_new] for storage in spacious))
 
     def put_in_front(self, states: PrefixStates, prefix: PrefixStates) -> bool:
         """Put another prefix in the place of the one in front; returns whether it fits there."""
@@ -84,8 +85,7 @@ class _Storage:
     def _show(self, keys: Tensor, values: Tensor) -> None:
         self.joined = keys, values
         length = self.prefix.num_virtual_tokens
-        num_tokens = keys.shape[2] - length
-        self.tokens = keys.narrow(2, length, num_tokens), values.narrow(2, length, num_tokens)
+        self.tokens = keys[:, :, length:], values[:, :, length:]
         self._places = self.tokens[0].data_ptr(), self.tokens[1].data_ptr()
 
 
@@ -96,7 +96,7 @@ def _may_write(rows: Tensor) -> bool:
 
 def _write(storage: Tensor, start: int, rows: Tensor) -> None:
     """Write where nobody reads yet; past autograd, for which views of other rows would count as changed."""
-    storage.data.narrow(2, start, rows.shape[2]).copy_(rows)
+    storage.data[:, :, start : start + rows.shape[2]] = rows
 
 
 def _copy_to_storage(rows: Tensor, num_rows: int) -> Tensor:
