@@ -32,11 +32,11 @@ repeat it.
 Every method was trained with each of its learning rates on the first seed. The rate with the least loss on the set
 `dev` was then used for all seeds. Values are means over the seeds, with the least and the greatest in brackets.
 Rates are chosen on `dev`, so its values are slightly too good, for all methods alike. Those of PrefixPlus may be a
-little better still, because what its defaults are was found out on `dev` of E2E, of WebNLG, of Django's messages and
-of the synopses ([Recipes](recipes.md#what-was-tried)). Other sets had no part in any choice. With 200 records of
-E2E, methods have the one rate that 50, 100 and 487 records chose. "Value step 4" on WebNLG: of an earlier state, in
-which a step moved the values of a projection four times as far as its keys, and the embeddings of virtual tokens no
-further than the projection.
+little better still, because what its defaults are was found out on `dev` of E2E, of WebNLG, of Django's messages, of
+the synopses and, for flat prefixes, of the opening hours ([Recipes](recipes.md#what-was-tried)). Test sets had no part
+in any choice. With 200 records of E2E, methods have the one rate that 50, 100 and 487 records chose. "Value step 4" on
+WebNLG: of an earlier state, in which a step moved the values of a projection four times as far as its keys, and the
+embeddings of virtual tokens no further than the projection.
 """
 SUMMARY = """## Summary
 
