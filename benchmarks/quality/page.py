@@ -34,7 +34,7 @@ Every method was trained with each of its learning rates on the first seed. The 
 Rates are chosen on `dev`, so its values are slightly too good, for all methods alike. Those of PrefixPlus may be a
 little better still, because what its defaults are was found out on `dev` of E2E, of WebNLG, of Django's messages, of
 the synopses and, for flat prefixes, of the opening hours ([Recipes](recipes.md#what-was-tried)). Test sets had no part
-in any choice. With 200 records of E2E, methods have the one rate that 50, 100 and 487 records chose. "Value step 4" on
+in any choice. With 200 records of E2E, methods have the one rate that they chose with other sizes. "Value step 4" on
 WebNLG: of an earlier state, in which a step moved the values of a projection four times as far as its keys, and the
 embeddings of virtual tokens no further than the projection.
 """
@@ -61,8 +61,9 @@ DIFFERENCES = """### {name}: {best} minus the others
 
 {best} had the least loss on `dev` {choice}, and is compared here with every other method: the difference and its
 interval of 95 %, by bootstrap over the records, the same ones for both, and over the seeds of each (10,000 resamples).
-Intervals that exclude zero are bold. For the loss lower is better, for everything else higher. Of {count} intervals,
-about one in twenty would exclude zero if there were no difference at all.
+Intervals that exclude zero are bold. For the loss lower is better, for everything else higher. There are {count}
+intervals. They are approximate: three seeds drawn with replacement have two thirds of their variance, so where seeds
+differ much, more than one interval in twenty would exclude zero if there were no difference at all.
 """
 
 
