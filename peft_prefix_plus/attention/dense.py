@@ -77,8 +77,6 @@ def attend_sdpa(
     is_causal = attention_mask is None and _is_causal(module, query, kwargs)
     # What lies in one piece needs the kernel for parts with masks and in half precision only.
     if prefix.joined is not None and not is_causal and attention_mask is None and query.dtype == torch.float32:
-        if prefix.mask is None and prefix.bias is None and kwargs.get("position_bias") is None:
-            return attend(module, query, *prefix.joined, None, *args, **kwargs)
         return attend_eager(attend, module, query, key, value, None, prefix, *args, **kwargs)
     if is_causal and key.shape[-2] > query.shape[-2]:
         # An empty static cache hands over more keys than queries; sdpa drops the surplus, and so do we.
